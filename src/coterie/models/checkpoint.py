@@ -1,0 +1,185 @@
+"""Decoders as Hugging Face checkpoints: Qwen3-MoE with experts, Qwen3 without.
+
+`save_pretrained` writes what `AutoModelForCausalLM.from_pretrained` loads without Coterie;
+`load_pretrained` reads any Qwen3 or Qwen3-MoE checkpoint whose layers are all alike.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from coterie.models.decoder import Decoder, DecoderConfig
+from coterie.nn import LinearScore, MoE, Router, SwiGLUExperts, TopK
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ROUTER_HERE, _ROUTER_THERE = ".mlp.router.score.weight", ".mlp.gate.weight"
+
+
+def save_pretrained(model: Decoder, folder: str | Path, tokenizer: Any = None) -> Path:
+    """Writes a Hugging Face checkpoint (config, safetensors, tokenizer if given).
+
+    Args:
+        model: a decoder with its default feed-forward parts.
+        folder: must not exist, be empty, or hold an earlier checkpoint (which is replaced).
+        tokenizer: a transformers tokenizer saved beside the weights.
+
+    Raises ValueError when the model holds a router or bank that Qwen3-MoE cannot express, or the folder
+    holds something else. The checkpoint appears whole or not at all.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; give a folder for the checkpoint")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds something that is no checkpoint; give an empty or a new folder")
+    theirs = to_transformers(model)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        partial.chmod(0o755)
+        theirs.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def load_pretrained(folder: str | Path) -> Decoder:
+    """Reads a Qwen3 or Qwen3-MoE checkpoint into a `Decoder` (float32).
+
+    Raises ValueError for a missing folder, another architecture, or features a `Decoder` lacks.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder} holds no checkpoint (no config.json); give the folder of one")
+    _check_config(AutoConfig.from_pretrained(folder))
+    return from_transformers(AutoModelForCausalLM.from_pretrained(folder, dtype="float32"))
+
+
+def to_transformers(model: Decoder) -> "PreTrainedModel":
+    """The same model as transformers' Qwen3MoeForCausalLM or Qwen3ForCausalLM, with copied weights."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    c = model.config
+    for i, layer in enumerate(model.layers):
+        _check_expressible(i, layer.mlp, c)
+    sizes: dict[str, Any] = {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.dim,
+        "intermediate_size": c.hidden,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "max_position_embeddings": c.max_len,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tie_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "bos_token_id": None,
+        "eos_token_id": c.vocab_size - 1,
+    }
+    if c.num_experts:
+        experts: dict[str, Any] = {
+            "num_experts": c.num_experts,
+            "num_experts_per_tok": c.top_k,
+            "moe_intermediate_size": c.expert_hidden,
+            "norm_topk_prob": c.renormalize,
+        }
+        theirs: PreTrainedModel = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts))
+    else:
+        theirs = Qwen3ForCausalLM(Qwen3Config(**sizes))
+    theirs.load_state_dict({_their_name(k): v for k, v in model.state_dict().items()})
+    theirs.train(False)
+    return theirs
+
+
+def from_transformers(theirs: "PreTrainedModel") -> Decoder:
+    """The same model as a `Decoder`, with copied weights. ValueError for another architecture."""
+    config = theirs.config
+    _check_config(config)
+    is_moe = config.model_type == "qwen3_moe"
+    model = Decoder(
+        DecoderConfig(
+            vocab_size=config.vocab_size,
+            dim=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            hidden=config.intermediate_size,
+            num_experts=config.num_experts if is_moe else 0,
+            top_k=config.num_experts_per_tok if is_moe else 2,
+            expert_hidden=config.moe_intermediate_size if is_moe else 0,
+            max_len=config.max_position_embeddings,
+            rope_theta=config.rope_parameters["rope_theta"],
+            norm_eps=config.rms_norm_eps,
+            tie_embeddings=config.tie_word_embeddings,
+            renormalize=config.norm_topk_prob if is_moe else True,
+        )
+    )
+    state: dict[str, Tensor] = theirs.state_dict()
+    model.load_state_dict({_our_name(k): v.float() for k, v in state.items()})
+    return model.eval()
+
+
+def _their_name(name: str) -> str:
+    name = name.replace(_ROUTER_HERE, _ROUTER_THERE)
+    return name if name.startswith("lm_head") else f"model.{name}"
+
+
+def _our_name(name: str) -> str:
+    return name.removeprefix("model.").replace(_ROUTER_THERE, _ROUTER_HERE)
+
+
+def _check_expressible(i: int, ffn: Any, c: DecoderConfig) -> None:
+    if not isinstance(ffn, MoE):
+        return
+    router, bank = ffn.router, ffn.experts
+    plain = (
+        isinstance(router, Router)
+        and type(router.score) is LinearScore
+        and router.score.bias is None
+        and type(router.select) is TopK
+        and (router.select.k, router.select.renormalize) == (c.top_k, c.renormalize)
+        and (router.select.gate, router.select.scale, router.select.bias) == ("softmax", 1.0, None)
+        and router.select.groups == 1
+        and type(bank) is SwiGLUExperts
+        and (bank.activation, bank.gate_up_bias) == ("silu", None)
+        and (bank.num_experts, bank.hidden) == (c.num_experts, c.expert_hidden)
+        and ffn.shared is None
+    )
+    if not plain:
+        raise ValueError(
+            f"layer {i} cannot be written as Qwen3-MoE, which knows only Router(LinearScore, TopK) over "
+            f"SwiGLUExperts as in the decoder's config; found {type(router).__name__} over "
+            f"{type(bank).__name__}. Save its state_dict with safetensors instead"
+        )
+
+
+def _check_config(config: Any) -> None:
+    if config.model_type not in ("qwen3", "qwen3_moe"):
+        raise ValueError(
+            f"the checkpoint is of architecture {config.model_type!r}; "
+            "a Decoder reads 'qwen3' and 'qwen3_moe'"
+        )
+    rope = dict(config.rope_parameters)
+    lacks = {
+        "attention_bias": config.attention_bias,
+        "use_sliding_window": config.use_sliding_window,
+        f"rope_type {rope.get('rope_type')!r}": rope.get("rope_type", "default") != "default",
+        "dense layers among MoE ones": config.model_type == "qwen3_moe"
+        and (bool(config.mlp_only_layers) or config.decoder_sparse_step != 1),
+        f"hidden_act {config.hidden_act!r}": config.hidden_act != "silu",
+    }
+    found = [name for name, present in lacks.items() if present]
+    if found:
+        raise ValueError(f"the checkpoint has {', '.join(found)}, which a Decoder does not support")

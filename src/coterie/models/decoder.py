@@ -1,0 +1,318 @@
+"""The reference decoder: a causal transformer whose feed-forward part is dense or a mixture of experts.
+
+With its default router it computes exactly what transformers' Qwen3MoeForCausalLM does (Qwen3ForCausalLM
+when dense), so its checkpoints are Hugging Face checkpoints (`coterie.models.checkpoint`). Read top to
+bottom: configuration, decoder, layer, attention, generation.
+
+Letters: B sequences, S positions, D model width, H heads, C head width, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coterie.nn import LinearScore, MoE, Router, Routing, SwiGLU, SwiGLUExperts, TopK
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder; a checkpoint stores them under transformers' names.
+
+    Args:
+        vocab_size: V.
+        dim: D.
+        layers: number of layers.
+        heads, kv_heads: query heads, and key/value heads that divide them.
+        head_dim: C, even.
+        hidden: width of the dense feed-forward network (of layers without experts).
+        num_experts: E; 0 makes a dense decoder.
+        top_k: experts per token.
+        expert_hidden: F, width inside an expert.
+        max_len: longest sequence it is meant for (stored, not enforced).
+        rope_theta, norm_eps: as in transformers.
+        tie_embeddings: the output matrix is the embedding.
+        renormalize: top-k weights sum to one.
+    """
+
+    vocab_size: int
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    num_experts: int = 0
+    top_k: int = 2
+    expert_hidden: int = 0
+    max_len: int = 2048
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    renormalize: bool = True
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings turn pairs")
+        if self.num_experts and not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k={self.top_k} but num_experts={self.num_experts}; use 1 ≤ top_k ≤ E")
+        if self.num_experts and self.expert_hidden < 1:
+            raise ValueError(f"expert_hidden={self.expert_hidden}; a decoder with experts needs their width")
+
+
+class Decoder(nn.Module):
+    """Token ids to next-token logits, with the routings of its MoE layers.
+
+    Args:
+        config: the sizes.
+        make_ffn: layer index → feed-forward module, either x → y or, like `MoE`, x → (y, Routing).
+            None builds the layers of `config`.
+
+    Returns (from forward, for ids [B, S]): logits [B, S, V] and one Routing per MoE layer, over the B · S
+    tokens in row-major order.
+
+    >>> config = DecoderConfig(257, dim=32, layers=2, heads=2, kv_heads=1, head_dim=16, hidden=64,
+    ...                        num_experts=4, top_k=2, expert_hidden=32)
+    >>> logits, routings = Decoder(config)(torch.randint(257, (3, 10)))
+    >>> logits.shape, len(routings), routings[0].experts.shape
+    (torch.Size([3, 10, 257]), 2, torch.Size([30, 2]))
+    """
+
+    def __init__(self, config: DecoderConfig, make_ffn: Callable[[int], nn.Module] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        make_ffn = make_ffn or (lambda layer: default_ffn(config))
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(DecoderLayer(config, make_ffn(i)) for i in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self._init_weights()
+
+    def forward(
+        self, ids_BS: Tensor, *, mask: Tensor | None = None, cache: "Cache | None" = None
+    ) -> tuple[Tensor, list[Routing]]:
+        """See the class.
+
+        Args:
+            ids_BS: int64 token ids. With a cache, only the new ones.
+            mask: bool [B, S], False for padding; padding is not attended to and uses no expert.
+            cache: keys and values so far; filled in place.
+        """
+        if ids_BS.dim() != 2:
+            raise ValueError(f"ids have shape {tuple(ids_BS.shape)}; should be [B, S]")
+        if cache is not None and mask is not None:
+            raise ValueError(
+                "a cache and a padding mask together are not supported; generate unpadded batches"
+            )
+        start = 0 if cache is None else cache.length
+        rotation = rotary_angles(start, ids_BS.shape[1], self.config, ids_BS.device)
+        x_BSD = self.embed_tokens(ids_BS)
+        routings: list[Routing] = []
+        for i, layer in enumerate(self.layers):
+            context = {"mask": mask, "token_ids": ids_BS, "previous": routings[-1] if routings else None}
+            x_BSD, routing = layer(x_BSD, rotation, None if cache is None else cache.layers[i], context)
+            if routing is not None:
+                routings.append(routing)
+        if cache is not None:
+            cache.length += ids_BS.shape[1]
+        logits_BSV: Tensor = self.lm_head(self.norm(x_BSD))
+        return logits_BSV, routings
+
+    def num_parameters(self, *, active: bool = False) -> int:
+        """Parameters, tied ones once; `active` counts of each expert bank only the top-k of E."""
+        total = sum(p.numel() for p in self.parameters())
+        if active:
+            for moe in self.modules():
+                if isinstance(moe, MoE):
+                    bank = sum(p.numel() for p in moe.experts.parameters())  # type: ignore[attr-defined]
+                    total -= bank - bank * self.config.top_k // moe.experts.num_experts
+        return total
+
+    def _init_weights(self) -> None:
+        # Width-scaled normal, and layers that write to the residual stream scaled down by depth (GPT-2).
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                continue
+            std = 0.02 if "embed" in name else p.shape[-1] ** -0.5
+            if "o_proj" in name or "down_proj" in name:
+                std *= (2 * self.config.layers) ** -0.5
+            nn.init.normal_(p, std=std)
+
+
+def default_ffn(config: DecoderConfig) -> nn.Module:
+    """The feed-forward part that `config` describes: SwiGLU, or top-k over SwiGLU experts."""
+    if not config.num_experts:
+        return SwiGLU(config.dim, config.hidden)
+    router = Router(
+        LinearScore(config.dim, config.num_experts), TopK(config.top_k, renormalize=config.renormalize)
+    )
+    return MoE(router, SwiGLUExperts(config.num_experts, config.dim, config.expert_hidden))
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, config: DecoderConfig, ffn: nn.Module) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.mlp = ffn
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        cache: "LayerCache | None",
+        context: dict[str, Any],
+    ) -> tuple[Tensor, Routing | None]:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotation, cache, context["mask"])
+        h_BSD = self.post_attention_layernorm(x_BSD)
+        if isinstance(self.mlp, MoE):
+            y_BSD, routing = self.mlp(h_BSD, **{k: v for k, v in context.items() if v is not None})
+            return x_BSD + y_BSD, routing
+        return x_BSD + self.mlp(h_BSD), None
+
+
+class Attention(nn.Module):
+    """Grouped-query causal attention with RMS-normalised, rotated queries and keys."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.q_proj = nn.Linear(config.dim, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        cache: "LayerCache | None",
+        mask_BS: Tensor | None,
+    ) -> Tensor:
+        batch, length, _ = x_BSD.shape
+        q_BHSC = self.q_norm(self.q_proj(x_BSD).view(batch, length, self.heads, -1)).transpose(1, 2)
+        k_BHSC = self.k_norm(self.k_proj(x_BSD).view(batch, length, self.kv_heads, -1)).transpose(1, 2)
+        v_BHSC = self.v_proj(x_BSD).view(batch, length, self.kv_heads, -1).transpose(1, 2)
+        q_BHSC, k_BHSC = rotate(q_BHSC, rotation), rotate(k_BHSC, rotation)
+        if cache is not None:
+            k_BHSC, v_BHSC = cache.append(k_BHSC, v_BHSC)
+        past = k_BHSC.shape[2] - length
+        attend = None
+        if past or mask_BS is not None:
+            attend = torch.ones(length, past + length, dtype=torch.bool, device=x_BSD.device).tril(past)
+        if mask_BS is not None and attend is not None:
+            # a padded query attends to itself: a row with nothing to attend to would be NaN
+            itself = torch.eye(length, dtype=torch.bool, device=x_BSD.device)
+            attend = (attend & mask_BS.view(batch, 1, 1, length)) | itself
+        y_BHSC = F.scaled_dot_product_attention(
+            q_BHSC,
+            k_BHSC,
+            v_BHSC,
+            attn_mask=attend,
+            is_causal=attend is None,
+            enable_gqa=self.heads != self.kv_heads,
+        )
+        y_BSD: Tensor = self.o_proj(y_BHSC.transpose(1, 2).reshape(batch, length, -1))
+        return y_BSD
+
+
+def rotary_angles(
+    start: int, length: int, config: DecoderConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [S, C] of positions start … start + length - 1, in float32."""
+    pairs = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    frequency = config.rope_theta ** -(pairs / config.head_dim)
+    position = torch.arange(start, start + length, device=device, dtype=torch.float32)
+    angle = torch.outer(position, frequency).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BHSC: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns the pairs (i, i + C/2) of each head by their position's angles (Su et al. 2021)."""
+    cos, sin = (r.to(x_BHSC.dtype) for r in rotation)
+    first, second = x_BHSC.chunk(2, dim=-1)
+    return x_BHSC * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class LayerCache:
+    """Keys and values of one layer so far, [B, Hkv, S, C]."""
+
+    def __init__(self) -> None:
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.k = k if self.k is None else torch.cat((self.k, k), dim=2)
+        self.v = v if self.v is None else torch.cat((self.v, v), dim=2)
+        return self.k, self.v
+
+
+class Cache:
+    """Keys and values of every layer, and how many positions they hold."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = [LayerCache() for _ in range(layers)]
+        self.length = 0
+
+
+@torch.inference_mode()
+def generate(
+    model: Decoder,
+    ids_BS: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Yields the next token ids [B], one position at a time, with a key-value cache.
+
+    Args:
+        ids_BS: the prompt, at least one token.
+        max_new_tokens: how many to generate at most.
+        temperature: 0 takes the most likely token.
+        top_p: sample only from the smallest set of tokens that holds this probability.
+        stop: end once every sequence has produced this token.
+        generator: randomness for temperature > 0.
+
+    >>> config = DecoderConfig(257, dim=32, layers=1, heads=2, kv_heads=2, head_dim=16, hidden=64)
+    >>> len(list(generate(Decoder(config), torch.tensor([[104, 105]]), 5)))
+    5
+    """
+    if ids_BS.shape[1] == 0:
+        raise ValueError("the prompt is empty; give at least one token")
+    model.eval()
+    cache = Cache(len(model.layers))
+    stopped_B = torch.zeros(ids_BS.shape[0], dtype=torch.bool, device=ids_BS.device)
+    for _ in range(max_new_tokens):
+        logits_BSV, _ = model(ids_BS, cache=cache)
+        next_B = pick(logits_BSV[:, -1], temperature, top_p, generator)
+        yield next_B
+        if stop is not None:
+            stopped_B |= next_B == stop
+            if bool(stopped_B.all()):
+                return
+        ids_BS = next_B.unsqueeze(1)
+
+
+def pick(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """One token id per row: the best, or a sample at `temperature` within the nucleus `top_p`."""
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    best = (logits_BV.float() / temperature).softmax(-1).sort(dim=-1, descending=True)
+    outside = best.values.cumsum(-1) - best.values >= top_p
+    choice_B1 = torch.multinomial(best.values.masked_fill(outside, 0), 1, generator=generator)
+    return best.indices.gather(1, choice_B1).squeeze(1)

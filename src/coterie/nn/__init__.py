@@ -1,0 +1,68 @@
+"""The core: routings, routers (score, then select), expert banks, the MoE layer, balance, monitors."""
+
+from coterie.nn import balance
+from coterie.nn.experts import ConcatExperts, Experts, MLPExperts, ModuleExperts, SwiGLUExperts
+from coterie.nn.moe import Gated, MoE, SwiGLU
+from coterie.nn.monitor import Monitor, fluctuation
+from coterie.nn.routers import (
+    AnyRouter,
+    HashRouter,
+    MaskSlots,
+    NoisyTopK,
+    RandomRouter,
+    Router,
+    SequenceRouter,
+    switch_router,
+)
+from coterie.nn.routing import Routing
+from coterie.nn.score import (
+    CosineScore,
+    InputJitter,
+    LinearScore,
+    LogitNoise,
+    MaskExperts,
+    MixTokens,
+    MLPScore,
+    PermuteExperts,
+    PreviousLogits,
+    RemapScores,
+)
+from coterie.nn.select import Dense, ExpertChoice, Threshold, TopK, TopP
+
+__all__ = [
+    "AnyRouter",
+    "ConcatExperts",
+    "CosineScore",
+    "Dense",
+    "ExpertChoice",
+    "Experts",
+    "Gated",
+    "HashRouter",
+    "InputJitter",
+    "LinearScore",
+    "LogitNoise",
+    "MLPExperts",
+    "MLPScore",
+    "MaskExperts",
+    "MaskSlots",
+    "MixTokens",
+    "MoE",
+    "ModuleExperts",
+    "Monitor",
+    "NoisyTopK",
+    "PermuteExperts",
+    "PreviousLogits",
+    "RandomRouter",
+    "RemapScores",
+    "Router",
+    "Routing",
+    "SequenceRouter",
+    "SwiGLU",
+    "SwiGLUExperts",
+    "Threshold",
+    "TopK",
+    "TopP",
+    "balance",
+    "fluctuation",
+    "switch_router",
+]

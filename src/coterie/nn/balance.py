@@ -1,0 +1,141 @@
+"""Balance: losses on routings, and the update that needs no loss.
+
+Every loss takes one Routing or the list a model returns, and gives the mean over layers. Padding is left out.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, distributed
+
+from coterie.nn.routing import Routing
+
+Routings = Routing | Sequence[Routing]
+
+
+def load_balance(routings: Routings, *, global_batch: bool = True) -> Tensor:
+    """Load-balance loss: E · Σ_e (share of slots at e) · (mean score of e). 1 when balanced, up to E.
+
+    Scores are normalised to sum to one per token first, which changes nothing for softmax gates and is what
+    DeepSeek-V3 does for sigmoid ones. With K = 1 this is Switch's loss; for K > 1 transformers'
+    `load_balancing_loss_func` is K times as large, since it counts slots per token instead of shares.
+
+    Args:
+        routings: one Routing, or one per layer.
+        global_batch: count load over all processes of a distributed run, so that the loss and its gradient
+            are those of the joined batch.
+
+    Source: Fedus et al. 2021 (Switch), eq. 4–6; Lepikhin et al. 2020 (GShard), section 2.2.
+
+    >>> float(load_balance(Routing.dense(torch.full((6, 4), 0.25))))
+    1.0
+    """
+
+    def loss(routing: Routing) -> Tensor:
+        scores_TE = routing.scores / routing.scores.sum(-1, keepdim=True).clamp(min=1e-20)
+        load_E, tokens, world = routing.load.to(scores_TE), routing.num_tokens.to(scores_TE), 1
+        if global_batch and distributed.is_available() and distributed.is_initialized():
+            counts = torch.cat([load_E, tokens.view(1)])
+            distributed.all_reduce(counts)
+            load_E, tokens, world = counts[:-1], counts[-1], distributed.get_world_size()
+        share_E = load_E / load_E.sum().clamp(min=1)
+        # processes average their gradients: dividing by tokens / world makes that the joined batch's mean
+        score_E = _masked(scores_TE, routing).sum(0) / (tokens / world).clamp(min=1)
+        return routing.num_experts * (share_E * score_E).sum()
+
+    return _over_layers(loss, routings)
+
+
+def router_z(routings: Routings) -> Tensor:
+    """Router z-loss: mean squared log-sum-exp of the logits, which keeps them small.
+
+    Source: Zoph et al. 2022 (ST-MoE), eq. 5.
+    """
+
+    def loss(routing: Routing) -> Tensor:
+        return _token_mean(routing.logits.logsumexp(-1).square(), routing)
+
+    return _over_layers(loss, routings)
+
+
+def entropy(routings: Routings) -> Tensor:
+    """Mean entropy of a token's scores, in nats: 0 for a certain router, ln E for an undecided one.
+
+    Scores are normalised to sum to one per token first.
+
+    Source: Huang et al. 2024 (dynamic routing), section 3.3.
+    """
+    return _over_layers(lambda routing: _token_mean(token_entropy(routing), routing), routings)
+
+
+def token_entropy(routing: Routing) -> Tensor:
+    """[T]: entropy of each token's normalised scores, in nats."""
+    scores_TE = routing.scores / routing.scores.sum(-1, keepdim=True).clamp(min=1e-20)
+    entropy_T: Tensor = torch.special.entr(scores_TE.clamp(min=0)).sum(-1)
+    return entropy_T
+
+
+def importance_cv2(routings: Routings) -> Tensor:
+    """Squared coefficient of variation of the experts' importance (summed weights).
+
+    Source: Shazeer et al. 2017, eq. 6–7.
+    """
+    return _over_layers(lambda routing: _cv2(routing.importance), routings)
+
+
+def load_cv2(routings: Routings) -> Tensor:
+    """Squared coefficient of variation of the experts' smoothed load.
+
+    Needs `choice_probability`, which `NoisyTopK` fills while training: the count itself has no gradient.
+    ValueError when it is missing.
+
+    Source: Shazeer et al. 2017, eq. 8–11.
+    """
+
+    def loss(routing: Routing) -> Tensor:
+        if routing.choice_probability is None:
+            raise ValueError("load_cv2 needs choice_probability; route with NoisyTopK in training mode")
+        return _cv2(_masked(routing.choice_probability, routing).sum(0))
+
+    return _over_layers(loss, routings)
+
+
+@torch.no_grad()
+def loss_free_update(bias_E: Tensor, load_E: Tensor, rate: float = 1e-3) -> None:
+    """Moves a selection bias in place: up by `rate` for underloaded experts, down for overloaded ones.
+
+    Args:
+        bias_E: the `bias` of a `TopK`.
+        load_E: tokens per expert in the last global batch.
+        rate: size of the step.
+
+    Source: Wang et al. 2024 (loss-free balancing), algorithm 1.
+
+    >>> bias = torch.zeros(2)
+    >>> loss_free_update(bias, torch.tensor([30, 10]), rate=0.5)
+    >>> bias.tolist()
+    [-0.5, 0.5]
+    """
+    load_E = load_E.to(bias_E)
+    bias_E += rate * torch.sign(load_E.mean() - load_E)
+
+
+def _over_layers(loss: Callable[[Routing], Tensor], routings: Routings) -> Tensor:
+    layers = [routings] if isinstance(routings, Routing) else list(routings)
+    if not layers:
+        raise ValueError("no routings given; a dense model has no balance to keep")
+    return torch.stack([loss(routing) for routing in layers]).mean()
+
+
+def _cv2(values_E: Tensor) -> Tensor:
+    return values_E.var(correction=0) / values_E.mean().square().clamp(min=1e-10)
+
+
+def _masked(values_TE: Tensor, routing: Routing) -> Tensor:
+    return values_TE if routing.mask is None else torch.where(routing.mask.unsqueeze(1), values_TE, 0)
+
+
+def _token_mean(values_T: Tensor, routing: Routing) -> Tensor:
+    if routing.mask is not None:
+        values_T = torch.where(routing.mask, values_T, 0)
+    return values_T.sum() / routing.num_tokens.clamp(min=1)

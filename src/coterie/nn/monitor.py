@@ -1,0 +1,145 @@
+"""Streaming statistics of routings, cheap enough to stay on: a few [T, E] operations per layer and step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coterie.nn.balance import token_entropy
+from coterie.nn.routing import Routing
+
+
+@dataclass
+class _Layer:
+    load_E: Tensor
+    dropped_E: Tensor
+    tokens: Tensor
+    entropy: Tensor
+    together_EE: Tensor
+
+
+class Monitor:
+    """Sums what routings say, layer by layer, without a synchronisation until a statistic is read.
+
+    >>> monitor = Monitor()
+    >>> monitor.update([Routing.dense(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))])
+    >>> monitor.load.tolist(), monitor.imbalance.tolist(), round(monitor.entropy.item(), 3)
+    ([[2, 2]], [1.0], 0.347)
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[_Layer] = []
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._layers = []
+
+    @torch.no_grad()
+    def update(self, routings: Routing | Sequence[Routing]) -> None:
+        """Adds one routing per layer. ValueError when the number of layers or experts has changed."""
+        layers = [routings] if isinstance(routings, Routing) else routings
+        news = [_measure(routing) for routing in layers]
+        if not self._layers:
+            self._layers = news
+            return
+        if [len(n.load_E) for n in news] != [len(s.load_E) for s in self._layers]:
+            raise ValueError(
+                f"routings over {[len(n.load_E) for n in news]} experts; this monitor has seen layers of "
+                f"{[len(s.load_E) for s in self._layers]}; reset() it or use another"
+            )
+        for seen, new in zip(self._layers, news, strict=True):
+            for name in vars(seen):
+                setattr(seen, name, getattr(seen, name) + getattr(new, name))
+
+    @property
+    def loads(self) -> list[Tensor]:
+        """Per layer: int64 [E], tokens each expert received."""
+        return [layer.load_E for layer in self._layers]
+
+    @property
+    def load(self) -> Tensor:
+        """int64 [L, E], for layers of equal E."""
+        return torch.stack(self.loads)
+
+    @property
+    def imbalance(self) -> Tensor:
+        """[L]: load of the busiest expert over the mean load; 1 is balanced, E is collapse."""
+        loads = [load_E.double() for load_E in self.loads]
+        return torch.stack([load_E.max() / load_E.mean().clamp(min=1e-9) for load_E in loads])
+
+    @property
+    def entropy(self) -> Tensor:
+        """[L]: mean entropy of a token's scores, in nats."""
+        return torch.stack([layer.entropy / layer.tokens.clamp(min=1) for layer in self._layers])
+
+    @property
+    def drop_rate(self) -> Tensor:
+        """[L]: share of chosen slots that were dropped over capacity."""
+        rates = []
+        for layer in self._layers:
+            dropped = layer.dropped_E.sum().double()
+            rates.append(dropped / (dropped + layer.load_E.sum()).clamp(min=1))
+        return torch.stack(rates)
+
+    @property
+    def experts_per_token(self) -> Tensor:
+        """[L]: mean number of experts a token used."""
+        return torch.stack([s.load_E.sum() / s.tokens.clamp(min=1) for s in self._layers])
+
+    @property
+    def co_activation(self) -> list[Tensor]:
+        """Per layer: int64 [E, E], tokens that used both experts; the diagonal is the load."""
+        return [layer.together_EE.long() for layer in self._layers]
+
+    def summary(self) -> dict[str, float]:
+        """Worst imbalance and mean entropy, drop rate, experts per token over layers; {} if never updated."""
+        if not self._layers:
+            return {}
+        return {
+            "imbalance": self.imbalance.max().item(),
+            "entropy": self.entropy.mean().item(),
+            "drop_rate": self.drop_rate.mean().item(),
+            "experts_per_token": self.experts_per_token.double().mean().item(),
+        }
+
+
+def fluctuation(before: Routing, after: Routing) -> float:
+    """Share of tokens whose top expert differs between two routings of the same tokens.
+
+    Compare the same probe batch at two checkpoints, or a clean and a perturbed input.
+
+    Source: Nguyen et al. 2025 (graph of tokens), routing fluctuation.
+
+    >>> a, b = torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([[0.8, 0.2], [0.6, 0.4]])
+    >>> fluctuation(Routing.dense(a), Routing.dense(b))
+    0.5
+    """
+    if before.experts.shape[0] != after.experts.shape[0] or before.num_experts != after.num_experts:
+        raise ValueError(
+            f"routings of {before.experts.shape[0]} tokens over {before.num_experts} experts and of "
+            f"{after.experts.shape[0]} over {after.num_experts}; both must be of the same tokens and experts"
+        )
+    changed = _top_expert(before) != _top_expert(after)
+    if before.mask is not None:
+        changed = changed[before.mask]
+    return changed.double().mean().item()
+
+
+def _top_expert(routing: Routing) -> Tensor:
+    best = routing.weights.masked_fill(~routing.used, -torch.inf).argmax(1, keepdim=True)
+    return routing.experts.gather(1, best).squeeze(1)
+
+
+def _measure(routing: Routing) -> _Layer:
+    entropy_T = token_entropy(routing.detach())
+    if routing.mask is not None:
+        entropy_T = torch.where(routing.mask, entropy_T, 0)
+    used_TE = routing.used_TE.float()
+    return _Layer(
+        load_E=routing.load,
+        dropped_E=routing.dropped,
+        tokens=routing.num_tokens,
+        entropy=entropy_T.double().sum(),
+        together_EE=(used_TE.t() @ used_TE).double(),
+    )
