@@ -1,0 +1,40 @@
+"""The report of a run: tables on the terminal, and a page that opens offline."""
+
+from coterie.report.attraction import (
+    Attracted,
+    Passage,
+    attracted_bytes,
+    attracted_words,
+    load_by_layer,
+    passage,
+)
+from coterie.report.comparison import Arm, compare, headline
+from coterie.report.page import Report, write_report
+from coterie.report.tables import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_number,
+    format_rate,
+    print_table,
+)
+
+__all__ = [
+    "Arm",
+    "Attracted",
+    "Passage",
+    "Report",
+    "attracted_bytes",
+    "attracted_words",
+    "compare",
+    "format_bytes",
+    "format_count",
+    "format_duration",
+    "format_number",
+    "format_rate",
+    "headline",
+    "load_by_layer",
+    "passage",
+    "print_table",
+    "write_report",
+]
