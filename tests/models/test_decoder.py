@@ -130,7 +130,7 @@ def test_sampling_is_repeatable_and_stops():
 
 
 def test_nucleus_sampling_draws_only_from_the_nucleus():
-    from coterie.models.decoder import pick
+    from coterie.models.generate import pick
 
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     drawn = {int(pick(logits, 1.0, 0.7, None)) for _ in range(200)}

@@ -6,6 +6,8 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +43,8 @@ def save_pretrained(model: Decoder, folder: str | Path, tokenizer: Any = None) -
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         partial.chmod(0o755)
-        theirs.save_pretrained(partial)
+        with _quiet():
+            theirs.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if folder.exists():
@@ -62,7 +65,9 @@ def load_pretrained(folder: str | Path) -> Decoder:
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} holds no checkpoint (no config.json); give the folder of one")
     _check_config(AutoConfig.from_pretrained(folder))
-    return from_transformers(AutoModelForCausalLM.from_pretrained(folder, dtype="float32"))
+    with _quiet():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    return from_transformers(theirs)
 
 
 def to_transformers(model: Decoder) -> "PreTrainedModel":
@@ -129,6 +134,20 @@ def from_transformers(theirs: "PreTrainedModel") -> Decoder:
     state: dict[str, Tensor] = theirs.state_dict()
     model.load_state_dict({_our_name(k): v.float() for k, v in state.items()})
     return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar over shards, of which there is one."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _their_name(name: str) -> str:

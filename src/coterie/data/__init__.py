@@ -1,0 +1,19 @@
+"""Text as bytes: find it, split it, read it in windows, order it in batches."""
+
+from coterie.data.batches import ShuffledBatches
+from coterie.data.files import Span, find_text, split_by_file, stdlib_sources
+from coterie.data.text import ByteCorpus, ByteWindows
+from coterie.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, byte_tokenizer
+
+__all__ = [
+    "END_OF_TEXT",
+    "VOCAB_SIZE",
+    "ByteCorpus",
+    "ByteWindows",
+    "ShuffledBatches",
+    "Span",
+    "byte_tokenizer",
+    "find_text",
+    "split_by_file",
+    "stdlib_sources",
+]

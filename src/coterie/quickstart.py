@@ -1,0 +1,324 @@
+"""`coterie quickstart`: a dense and an MoE decoder of equal active parameters, trained on the same tokens.
+
+One file tells the whole job: plan, train both, measure on held-out files, write report and checkpoints.
+"""
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Subset
+
+import coterie
+from coterie.data import (
+    END_OF_TEXT,
+    VOCAB_SIZE,
+    ByteCorpus,
+    ByteWindows,
+    byte_tokenizer,
+    find_text,
+    split_by_file,
+    stdlib_sources,
+)
+from coterie.models import Decoder, DecoderConfig, generate, save_pretrained
+from coterie.nn import Monitor, Routing
+from coterie.report import (
+    Arm,
+    Report,
+    attracted_bytes,
+    attracted_words,
+    compare,
+    format_duration,
+    load_by_layer,
+    passage,
+    write_report,
+)
+from coterie.train import History, PeakMemory, evaluate, fit, language_model_loss
+
+# 8 experts, top-2, half as wide each as the dense network; the 8 columns more that the dense network gets
+# outweigh the router, so that the MoE never has more active parameters.
+MOE = DecoderConfig(
+    VOCAB_SIZE,
+    dim=96,
+    layers=3,
+    heads=3,
+    kv_heads=3,
+    head_dim=32,
+    hidden=2 * 192 + 8,
+    num_experts=8,
+    top_k=2,
+    expert_hidden=192,
+    max_len=1024,
+    tie_embeddings=False,
+)
+DENSE = replace(MOE, num_experts=0, expert_hidden=0)
+SEQ_LEN, BATCH_SIZE, LEARNING_RATE, BALANCE = 128, 8, 4e-3, 0.02
+STEPS = 2400
+HELDOUT_WINDOWS = 1024
+
+
+@dataclass
+class Plan:
+    """What a run does; written before it starts, so that `--resume` goes on with the same."""
+
+    text: list[str]
+    seed: int
+    steps: int
+    finished: bool = False
+
+
+def quickstart(
+    text: Sequence[str | Path] = (),
+    out: str | Path = "coterie-quickstart",
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    progress: bool | None = None,
+) -> Report | None:
+    """Trains both models and writes `report.html`, `results.json` and the checkpoints `moe/`, `dense/`.
+
+    Args:
+        text: files and folders to read; none takes the Python standard library's own sources.
+        out: a folder that is new, empty, or holds an earlier quickstart.
+        minutes: about how long both trainings may take together; a short timing of both models sets the
+            number of steps, the same for both. None takes the default number of steps.
+        steps: number of optimizer steps of each model, instead of `minutes`.
+        seed: of weights, data split and data order.
+        resume: go on with the unfinished run in `out`; text, steps and seed are that run's.
+        progress: show progress bars; None shows them on a terminal.
+
+    Returns the report, or None when interrupted (what was trained is kept; call again with resume=True).
+
+    Raises ValueError for text that is missing, empty or too small, and for an `out` that holds something
+    else or an unfinished run.
+    """
+    began = time.perf_counter()
+    out = Path(out)
+    plan = _plan(out, [str(p) for p in text], seed, steps, minutes, resume)
+    train, heldout = _corpora(plan)
+    out.mkdir(parents=True, exist_ok=True)
+    if plan.steps == 0:
+        plan.steps = _steps_within(float(minutes or 0), train, plan.seed)
+    _write_json(out / "plan.json", asdict(plan))
+
+    arms, models = [], {}
+    for label, config in (("dense", DENSE), ("MoE", MOE)):
+        torch.manual_seed(plan.seed)
+        model = Decoder(config)
+        history, peak = _train(model, train, heldout, plan, out / "training" / label, resume, label, progress)
+        if history.interrupted:
+            return None
+        arms.append(_measure(label, model, history, peak, heldout))
+        models[label] = model
+        save_pretrained(model, out / label.lower(), byte_tokenizer(config.max_len))
+
+    report = _report(arms, models["MoE"], train, heldout, plan)
+    report.provenance["wall time"] = format_duration(time.perf_counter() - began)
+    _write_text(out / "results.json", report.to_json())
+    write_report(out / "report.html", report)
+    _write_json(out / "plan.json", asdict(replace(plan, finished=True)))
+    shutil.rmtree(out / "training")
+    return report
+
+
+def _plan(
+    out: Path, text: list[str], seed: int, steps: int | None, minutes: float | None, resume: bool
+) -> Plan:
+    if steps is not None and minutes is not None:
+        raise ValueError("give steps or minutes, not both")
+    for name, value in (("steps", steps), ("minutes", minutes)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}={value}; should be more than 0")
+    saved = out / "plan.json"
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not saved.exists()):
+        raise ValueError(f"{out} holds something that is no quickstart; give --out a new or an empty folder")
+    earlier = Plan(**json.loads(saved.read_text())) if saved.exists() else None
+    if resume:
+        if earlier is None or earlier.finished:
+            raise ValueError(f"{out} holds no unfinished run to resume; leave --resume out to start one")
+        return earlier
+    if earlier and not earlier.finished:
+        raise ValueError(f"{out} holds an unfinished run; go on with --resume, or give another --out")
+    return Plan(text, seed, steps or (0 if minutes else STEPS))
+
+
+def _corpora(plan: Plan) -> tuple[ByteWindows, ByteWindows]:
+    files = find_text([Path(p) for p in plan.text]) if plan.text else stdlib_sources()
+    train, heldout = (
+        ByteWindows(ByteCorpus(part), SEQ_LEN) for part in split_by_file(files, heldout=0.1, seed=plan.seed)
+    )
+    train.check_batch(BATCH_SIZE)
+    heldout.check_batch(BATCH_SIZE)
+    return train, heldout
+
+
+def _steps_within(minutes: float, train: ByteWindows, seed: int) -> int:
+    """Steps of each model that fit into `minutes` for both, by timing a few of each."""
+    seconds_per_step = 0.0
+    for config in (DENSE, MOE):
+        history = fit(
+            Decoder(config),
+            train,
+            loss=language_model_loss(balance=BALANCE),
+            steps=12,
+            batch_size=BATCH_SIZE,
+            seed=seed,
+            progress=False,
+        )
+        if history.interrupted:
+            raise KeyboardInterrupt
+        seconds_per_step += float(np.median(history.seconds))
+    return max(20, int(minutes * 60 / seconds_per_step))
+
+
+def _train(
+    model: Decoder,
+    train: ByteWindows,
+    heldout: ByteWindows,
+    plan: Plan,
+    folder: Path,
+    resume: bool,
+    label: str,
+    progress: bool | None,
+) -> tuple[History, int]:
+    with PeakMemory() as peak:
+        history = fit(
+            model,
+            train,
+            loss=language_model_loss(balance=BALANCE),
+            steps=plan.steps,
+            batch_size=BATCH_SIZE,
+            lr=LEARNING_RATE,
+            eval_data=_sample(heldout, 128),
+            eval_every=max(1, plan.steps // 10),
+            save_every=max(1, plan.steps // 10),
+            out=folder,
+            resume=resume,
+            seed=plan.seed,
+            progress=progress,
+            label=label,
+        )
+    return history, peak.bytes
+
+
+def _measure(label: str, model: Decoder, history: History, peak: int, heldout: ByteWindows) -> Arm:
+    sample = _sample(heldout, HELDOUT_WINDOWS)
+    scores = evaluate(model, sample, language_model_loss(), BATCH_SIZE)
+    routing: dict[str, float] = {}
+    if model.config.num_experts:
+        monitor = Monitor()
+        for ids_BS in DataLoader(sample, BATCH_SIZE):
+            monitor.update(_route(model, ids_BS[:, :-1]))
+        routing = monitor.summary()
+    return Arm(
+        label=label,
+        total_parameters=model.num_parameters(),
+        active_parameters=model.num_parameters(active=True),
+        tokens=sum(history.tokens),
+        held_out=scores["cross_entropy"] / np.log(2),
+        tokens_per_second=history.tokens_per_second,
+        peak_memory=peak,
+        imbalance=routing.get("imbalance"),
+        entropy=routing.get("entropy"),
+        steps=list(history.step),
+        train=history.bits_per_token,
+        eval_steps=[int(e["step"]) for e in history.evals],
+        eval=[e["cross_entropy"] / np.log(2) for e in history.evals],
+    )
+
+
+def _report(arms: list[Arm], moe: Decoder, train: ByteWindows, heldout: ByteWindows, plan: Plan) -> Report:
+    columns, rows = compare(arms)
+    sample = _sample(heldout, HELDOUT_WINDOWS // 2)
+    ids_BS = torch.stack([sample[i][:-1] for i in range(len(sample))])
+    routings = _route(moe, ids_BS)
+    corpus = heldout.corpus
+    shown = torch.from_numpy(corpus.read(0, min(moe.config.max_len, len(corpus))))
+    prompt = shown[: min(64, len(shown))]
+    continuation = generate(
+        moe,
+        prompt.unsqueeze(0),
+        400,
+        temperature=0.7,
+        top_p=0.95,
+        generator=torch.Generator().manual_seed(plan.seed),
+    )
+    return Report(
+        title="Coterie quickstart",
+        arms=arms,
+        columns=columns,
+        rows=rows,
+        load=load_by_layer(routings),
+        words=[attracted_words(ids_BS.numpy(), routing) for routing in routings],
+        bytes=[attracted_bytes(ids_BS.numpy(), routing) for routing in routings],
+        passage=passage(shown.numpy(), _route(moe, shown.unsqueeze(0)), 0, len(shown)),
+        prompt=_decode(prompt.tolist()),
+        sample=_decode([int(token) for token in continuation]),
+        provenance={
+            "command": _command(plan),
+            "text": ", ".join(plan.text) or "the Python standard library's own sources",
+            "files": f"{len(train.corpus.files)} for training, {len(corpus.files)} held out",
+            "bytes": f"{train.corpus.num_bytes:,} for training, {corpus.num_bytes:,} held out",
+            "seed": str(plan.seed),
+            "steps": f"{plan.steps} of {BATCH_SIZE} × {SEQ_LEN} bytes, the same for both models",
+            "versions": f"coterie {coterie.__version__}, torch {torch.__version__}, "
+            f"Python {platform.python_version()}",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        },
+    )
+
+
+def _command(plan: Plan) -> str:
+    options = ["--steps", str(plan.steps), "--seed", str(plan.seed)]
+    return shlex.join(["coterie", "quickstart", *(o for p in plan.text for o in ("--text", p)), *options])
+
+
+def _sample(heldout: ByteWindows, windows: int) -> Subset[torch.Tensor]:
+    """At most this many windows from all over the held-out text, the same ones in every run."""
+    order = np.random.default_rng(0).permutation(len(heldout))
+    return Subset(heldout, order[:windows].tolist())
+
+
+@torch.inference_mode()
+def _route(model: Decoder, ids_BS: torch.Tensor) -> list[Routing]:
+    model.eval()
+    routings: list[Routing] = model(ids_BS)[1]
+    return routings
+
+
+def _decode(ids: list[int]) -> str:
+    return bytes(i for i in ids if i < END_OF_TEXT).decode("utf-8", "replace")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    _write_text(path, json.dumps(content, indent=1))
+
+
+def _write_text(path: Path, content: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.write_text(content, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def print_report(report: Report, out: Path) -> None:
+    """The table, the headline, a sample and where everything lies, on standard output."""
+    from coterie.report import print_table
+
+    print_table(report.title, report.columns, report.rows)
+    print(f"\n{report.headline}\n\nThe MoE goes on from a held-out text:\n")
+    print(f"{report.prompt}▸{report.sample}\n")
+    print(f"report      {out / 'report.html'}\ncheckpoints {out / 'moe'}, {out / 'dense'}")
+    print(f"wall time   {report.provenance['wall time']}")
+    sys.stdout.flush()

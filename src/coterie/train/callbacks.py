@@ -1,0 +1,68 @@
+"""What may happen after every optimizer step."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from coterie.nn import TopK, balance
+
+
+@dataclass
+class Run:
+    """The state of a training run that callbacks see, and may change through `model` and `optimizer`.
+
+    Args:
+        model: the model itself, without wrappers.
+        optimizer: its optimizer; learning rates are set anew before each step.
+        step: steps done, this one included.
+        steps: steps of the whole run.
+        loss: of this step's global batch.
+        metrics: the loss function's metrics of this step, and "cross_entropy".
+        loads: per MoE layer int64 [E] on the CPU: tokens each expert received, over all micro-batches and
+            processes.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int
+    steps: int
+    loss: float
+    metrics: dict[str, float]
+    loads: list[Tensor]
+
+
+class Callback(Protocol):
+    """Called by every process after each optimizer step. State it must not lose on resuming belongs in
+    the model, as a buffer, or follows from `run.step`."""
+
+    def on_step(self, run: Run) -> None: ...
+
+
+class LossFreeBias:
+    """Loss-free balancing: after each step, moves the selection biases towards balanced load.
+
+    For models whose every MoE layer selects with `TopK(..., bias=...)`, in the order of their routings.
+
+    Args:
+        rate: size of the step.
+
+    Raises (on the first step):
+        ValueError: selections with a bias and routed layers differ in number, or in experts.
+
+    Source: Wang et al. 2024 (loss-free balancing), algorithm 1.
+    """
+
+    def __init__(self, rate: float = 1e-3) -> None:
+        self.rate = rate
+
+    def on_step(self, run: Run) -> None:
+        biases = [m.bias for m in run.model.modules() if isinstance(m, TopK) and m.bias is not None]
+        if [len(bias_E) for bias_E in biases] != [len(load_E) for load_E in run.loads]:
+            raise ValueError(
+                f"LossFreeBias found selection biases over {[len(b) for b in biases]} experts but routed "
+                f"layers over {[len(load_E) for load_E in run.loads]}; give every layer TopK(bias=zeros(E))"
+            )
+        for bias_E, load_E in zip(biases, run.loads, strict=True):
+            balance.loss_free_update(bias_E, load_E, self.rate)

@@ -1,0 +1,71 @@
+"""Loss functions, and what they report. A loss function takes (model, batch) and returns a `LossOutput`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coterie.nn import Routing
+from coterie.nn.balance import entropy, load_balance, router_z
+
+
+@dataclass
+class LossOutput:
+    """What a loss function returns for one micro-batch.
+
+    Args:
+        loss: scalar to differentiate; a mean over the micro-batch.
+        cross_entropy: scalar without gradient, nats per token; for other tasks, their plain loss.
+        tokens: what the means run over; weighs micro-batches of different sizes in an evaluation.
+        routings: one per MoE layer; empty for a dense model.
+        metrics: more scalars to report, averaged over tokens.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    tokens: int
+    routings: list[Routing] = field(default_factory=list)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+LossFn = Callable[[nn.Module, Any], LossOutput]
+
+
+def language_model_loss(*, balance: float = 0.01, z: float = 0.0) -> LossFn:
+    """Next-token cross-entropy, plus the load-balance and router z-losses of the MoE layers.
+
+    Args:
+        balance: weight of `coterie.nn.balance.load_balance`.
+        z: weight of `coterie.nn.balance.router_z`.
+
+    Returns: a loss function for a model that maps ids [B, S] to (logits [B, S, V], list of routings), and
+    batches of ids [B, S + 1]. Its metrics are, for a model with experts, "balance", "router_z" (when
+    weighted) and "entropy" (nats).
+
+    >>> from coterie.models import Decoder, DecoderConfig
+    >>> model = Decoder(DecoderConfig(257, dim=16, layers=1, heads=1, kv_heads=1, head_dim=16, hidden=32))
+    >>> output = language_model_loss()(model, torch.randint(257, (2, 9)))
+    >>> output.tokens, sorted(output.metrics), round(output.cross_entropy.item())
+    (16, [], 6)
+    """
+
+    def loss_fn(model: nn.Module, ids: Tensor) -> LossOutput:
+        logits_BSV, routings = model(ids[:, :-1])
+        targets = ids[:, 1:].flatten()
+        # at least float32: a bf16 log-softmax is good to two digits only
+        precise = torch.promote_types(logits_BSV.dtype, torch.float32)
+        cross_entropy = F.cross_entropy(logits_BSV.flatten(0, 1).to(precise), targets)
+        loss, metrics = cross_entropy, {}
+        if routings:
+            metrics["balance"] = load_balance(routings)
+            metrics["entropy"] = entropy([routing.detach() for routing in routings])
+            loss = loss + balance * metrics["balance"]
+            if z:
+                metrics["router_z"] = router_z(routings)
+                loss = loss + z * metrics["router_z"]
+        return LossOutput(loss, cross_entropy.detach(), targets.numel(), list(routings), metrics)
+
+    return loss_fn

@@ -1,0 +1,59 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import coterie
+from coterie.doctor import examine
+
+COTERIE = str(Path(sys.executable).with_name("coterie"))
+
+
+def run(*arguments, **options):
+    return subprocess.run([COTERIE, *arguments], capture_output=True, text=True, timeout=120, **options)
+
+
+def test_version_and_help_need_no_torch():
+    assert run("--version").stdout == f"coterie {coterie.__version__}\n"
+    code = "import sys, coterie.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert "quickstart" in run("--help").stdout
+
+
+def test_an_unknown_command_or_option_exits_with_2():
+    unknown = run("quickstrat")
+    assert unknown.returncode == 2
+    assert "quickstart" in unknown.stderr
+    assert run("doctor", "--colour").returncode == 2
+
+
+def test_doctor_says_what_works(monkeypatch):
+    shown = run("doctor")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "kernels: reference" in shown.stdout
+    findings = json.loads(run("doctor", "--json").stdout)
+    assert findings["kernels"]["torch"] == "works"
+    assert findings["versions"]["coterie"] == coterie.__version__
+
+
+def test_doctor_finds_a_kernel_that_computes_wrong_numbers(monkeypatch):
+    from coterie.kernels import grouped
+
+    right = grouped._BACKENDS["torch"]
+    monkeypatch.setitem(grouped._BACKENDS, "torch", lambda *a: right(*a) + 1)
+    findings = examine()
+    assert findings["kernels"]["torch"] == "gives wrong numbers"
+    assert not findings["healthy"]
+
+
+def test_doctor_exits_with_1_when_the_environment_names_no_kernel():
+    import os
+
+    done = run("doctor", env={**os.environ, "COTERIE_KERNEL": "abacus"})
+    assert done.returncode == 1
+    assert "abacus" in done.stdout
+
+
+def test_every_public_name_of_the_package_resolves():
+    for name in coterie.__all__:
+        assert getattr(coterie, name) is not None
