@@ -63,7 +63,7 @@ MOE = DecoderConfig(
 )
 DENSE = replace(MOE, num_experts=0, expert_hidden=0)
 SEQ_LEN, BATCH_SIZE, LEARNING_RATE, BALANCE = 128, 8, 4e-3, 0.02
-STEPS = 2400
+STEPS = 2000
 HELDOUT_WINDOWS = 1024
 
 

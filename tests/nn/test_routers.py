@@ -9,6 +9,7 @@ from coterie.nn import (
     ExpertChoice,
     HashRouter,
     InputJitter,
+    LimitCapacity,
     LinearScore,
     LogitNoise,
     MaskExperts,
@@ -248,6 +249,14 @@ def test_masked_slots_are_unused_and_a_float_mask_learns():
         renormalize=True,
     )
     torch.testing.assert_close(rescaled(torch.randn(4, 8)).weights.sum(1), torch.ones(4))
+
+
+@pytest.mark.parametrize("by", ["position", "weight"])
+def test_limited_capacity_drops_what_exceeds_it(by):
+    inner = Router(LinearScore(8, 6), TopK(2))
+    routing = LimitCapacity(inner, 1.0, by=by)(torch.randn(30, 8)).validate()
+    assert int(routing.load.max()) <= 10
+    assert int((routing.load + routing.dropped).sum()) == 60
 
 
 def test_hash_and_random_routers_choose_distinct_experts_with_equal_weights():

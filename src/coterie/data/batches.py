@@ -19,7 +19,8 @@ class ShuffledBatches:
         batch_size: items per step, over all processes and micro-batches.
         seed: of the permutations.
         start_step: first step to yield.
-        rank, world: this process's index, and how many there are.
+        rank: this process's index.
+        world: how many processes there are.
         accumulate: micro-batches per step.
 
     Yields: `accumulate` lists per step, each of batch_size / (world · accumulate) indices.

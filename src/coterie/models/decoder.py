@@ -2,7 +2,7 @@
 
 With its default router it computes exactly what transformers' Qwen3MoeForCausalLM does (Qwen3ForCausalLM
 when dense), so its checkpoints are Hugging Face checkpoints (`coterie.models.checkpoint`). Read top to
-bottom: configuration, decoder, layer, attention, generation.
+bottom: configuration, decoder, layer, attention.
 
 Letters: B sequences, S positions, D model width, H heads, C head width, V vocabulary.
 """
@@ -26,14 +26,16 @@ class DecoderConfig:
         vocab_size: V.
         dim: D.
         layers: number of layers.
-        heads, kv_heads: query heads, and key/value heads that divide them.
+        heads: query heads H.
+        kv_heads: key and value heads, a divisor of `heads`.
         head_dim: C, even.
         hidden: width of the dense feed-forward network (of layers without experts).
         num_experts: E; 0 makes a dense decoder.
         top_k: experts per token.
         expert_hidden: F, width inside an expert.
         max_len: longest sequence it is meant for (stored, not enforced).
-        rope_theta, norm_eps: as in transformers.
+        rope_theta: base of the rotary frequencies, as in transformers.
+        norm_eps: of the RMS norms.
         tie_embeddings: the output matrix is the embedding.
         renormalize: top-k weights sum to one.
     """

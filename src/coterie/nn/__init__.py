@@ -7,6 +7,7 @@ from coterie.nn.monitor import Monitor, fluctuation
 from coterie.nn.routers import (
     AnyRouter,
     HashRouter,
+    LimitCapacity,
     MaskSlots,
     NoisyTopK,
     RandomRouter,
@@ -39,6 +40,7 @@ __all__ = [
     "Gated",
     "HashRouter",
     "InputJitter",
+    "LimitCapacity",
     "LinearScore",
     "LogitNoise",
     "MLPExperts",

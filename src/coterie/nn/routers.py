@@ -11,7 +11,7 @@ What a router may look at besides the token comes as keyword context; the keys i
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -266,6 +266,36 @@ class MaskSlots(nn.Module):
             before, after = routing.weights.sum(1, keepdim=True), weights_TK.sum(1, keepdim=True)
             weights_TK = weights_TK * (before / torch.where(after == 0, 1, after))
         return replace(routing, weights=weights_TK).keep(mask_TK > 0)
+
+
+class LimitCapacity(nn.Module):
+    """Lets each expert take at most its capacity of tokens; what exceeds it is dropped.
+
+    Args:
+        router: chooses first.
+        capacity_factor: capacity in shares of the mean load; a tensor [E] for one per expert.
+        by: who keeps a place, "position" or "weight"; see `Routing.drop_over_capacity`.
+
+    >>> LimitCapacity(RandomRouter(4, k=2), 1.0)(torch.zeros(6, 16)).load.max() <= 3
+    tensor(True)
+    """
+
+    capacity_factor: Tensor
+
+    def __init__(
+        self,
+        router: AnyRouter,
+        capacity_factor: float | Tensor,
+        *,
+        by: Literal["position", "weight"] = "position",
+    ) -> None:
+        super().__init__()
+        self.router, self.by = router, by
+        self.num_experts = router.num_experts
+        self.register_buffer("capacity_factor", torch.as_tensor(capacity_factor, dtype=torch.float32))
+
+    def forward(self, x_TD: Tensor, **context: Any) -> Routing:
+        return self.router(x_TD, **context).drop_over_capacity(self.capacity_factor, by=self.by)
 
 
 def check_tokens(x_TD: Tensor, dim: int | None) -> None:

@@ -182,9 +182,9 @@ class Routing:
         routing = replace(self, chosen_E=None if self.chosen_E is None else self.chosen_E * times)
         return routing._map(lambda t: t.repeat_interleave(times, 0) if t is not routing.chosen_E else t)
 
-    def to(self, *args: Any, **kwargs: Any) -> "Routing":
-        """Moves to a device, as `Tensor.to(device)`; dtypes stay as they are."""
-        return self._map(lambda t: t.to(*args, **kwargs))
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Routing":
+        """Moves to a device; dtypes stay as they are."""
+        return self._map(lambda t: t.to(device=device, non_blocking=non_blocking))
 
     def detach(self) -> "Routing":
         """The same decision without its gradient."""

@@ -24,11 +24,14 @@ class Report:
     Args:
         title: of the page.
         arms: the baseline first, the method last.
-        columns, rows: the table printed on the terminal; see `compare`.
-        load: [L, E], multiples of the fair share; see `load_by_layer`.
-        words, bytes: [L][E], what each expert attracts; see `attracted_words`, `attracted_bytes`.
+        columns: heads of the table printed on the terminal; see `compare`.
+        rows: its rows.
+        load: `[L, E]`, multiples of the fair share; see `load_by_layer`.
+        words: `[L][E]`, what each expert attracts; see `attracted_words`.
+        bytes: the same in bytes; see `attracted_bytes`.
         passage: a held-out passage; None to leave it out.
-        prompt, sample: what the method was given, and what it wrote after it.
+        prompt: what the method was given to go on from.
+        sample: what it wrote after it.
         provenance: how the run was made, in the order shown: command, versions, machine, seed, corpus …
     """
 

@@ -1,0 +1,33 @@
+"""The code in the documentation runs, page by page, top to bottom."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+README = DOCS.parent / "README.md"
+BLOCK = re.compile(r"```python\n(.*?)```", re.S)
+
+
+@pytest.mark.parametrize("page", [README, *sorted(DOCS.glob("*.md"))], ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    for block in BLOCK.findall(page.read_text()):
+        if not block.startswith("# skip:"):
+            exec(compile(block, str(page), "exec"), scope)
+
+
+def test_every_public_name_is_in_the_reference():
+    import coterie.data
+    import coterie.models
+    import coterie.nn
+    import coterie.train
+
+    text = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    protocols_and_types = {"AnyRouter", "Experts", "Cache", "Span", "Callback", "Run", "LossFn"}
+    for room in (coterie.nn, coterie.models, coterie.train, coterie.data):
+        for name in set(room.__all__) - protocols_and_types:
+            if name[0].isupper() and not name.isupper():
+                assert f".{name}\n" in text, f"{room.__name__}.{name} is missing from docs/reference"
