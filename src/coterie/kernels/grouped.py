@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from coterie.kernels import reference, torch_backend
+from coterie.kernels import native, reference, torch_backend
 from coterie.kernels.activations import get_activation
 from coterie.kernels.dispatch import Dispatch
 
@@ -32,6 +32,8 @@ class Backend(Protocol):
 
 
 _BACKENDS: dict[str, Backend] = {"reference": reference.grouped_mlp, "torch": torch_backend.grouped_mlp}
+if native.why_unavailable() is None:
+    _BACKENDS["native"] = native.grouped_mlp
 
 
 def available_backends() -> list[str]:
@@ -70,10 +72,11 @@ def grouped_mlp(
         dispatch: the slots sorted by expert (`Routing.dispatch`).
         w_in: [E, F, D], or [E, 2F, D] when gated: F gate rows, then F up rows.
         w_out: [E, O, D_hidden] with D_hidden = F.
-        b_in, b_out: biases [E, F or 2F] and [E, O], or None.
+        b_in: bias [E, F], or [E, 2F] when gated, or None.
+        b_out: bias [E, O], or None.
         activation: a name in `ACTIVATIONS`.
         gated: hidden = act(gate) · up instead of act(up).
-        backend: "reference", "torch", …; None takes `default_backend()`.
+        backend: "reference", "torch" or "native"; None takes `default_backend()`.
 
     Returns [T, O] in the dtype of `x_TD` (of autocast inside an autocast region): for each token the
     sum over its used slots of weight · expert(x). A token without a used slot gets zeros.

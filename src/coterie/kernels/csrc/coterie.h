@@ -1,0 +1,65 @@
+// The C interface of the native backend: one struct of raw pointers, two calls.
+// Letters: T tokens, K slots per token, N = T·K, E experts, D input width, F hidden width, O output width.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// A bank of matrices [E, rows, cols]; strides in elements. One of row and col must be 1.
+struct CoterieBank {
+  const void* data;
+  int64_t expert, row, col;
+};
+
+struct CoterieMlp {
+  int64_t tokens, slots, experts, dim, hidden, out;
+  int32_t dtype;       // 0 float32, 1 bfloat16
+  int32_t activation;  // the order of enum Activation in activation.h
+  int32_t gated;       // w_in holds F gate rows, then F up rows
+  int32_t threads;
+  const void* x;  // [T, D], rows x_row elements apart
+  int64_t x_row;
+  const float* weights;    // [T, K]
+  const int64_t* order;    // [N] slots sorted by expert
+  const int32_t* ends;     // [E] where each group ends in that order
+  CoterieBank w_in, w_out;
+  const void *b_in, *b_out;  // [E, F or 2F], [E, O], or null
+  void* y;                   // [T, O]
+  void* pre;                 // [N, F or 2F] pre-activations in expert order: written by forward unless
+                             // null, read by backward
+  // Backward only. A null output is not computed.
+  const void* dy;   // [T, O], rows dy_row elements apart
+  int64_t dy_row;
+  void* dx;         // [T, D]
+  float* dweights;  // [T, K]
+  void *dw_in, *dw_out, *db_in, *db_out;  // contiguous
+};
+
+// 0, or 1 when memory ran out.
+int coterie_forward(const CoterieMlp* mlp);
+int coterie_backward(const CoterieMlp* mlp);
+
+// Name of the instruction set in use. `limit` caps the choice (0 portable … 3 avx512-bf16).
+const char* coterie_isa(int limit);
+
+// For benchmarks: work that keeps every thread's arithmetic, or its memory, busy. The first returns the
+// number of multiply-adds it made.
+double coterie_multiply_adds(int dtype, int threads);
+float coterie_read(const float* data, int64_t count, int threads);
+
+// GOMP_parallel of the OpenMP runtime that torch uses, or null for threads of our own.
+void coterie_use_openmp(void* gomp_parallel);
+
+// Memory that is kept for the next call once released; and the bytes returned to the system by giving up
+// all that is kept.
+void* coterie_allocate(size_t bytes);
+void coterie_release(void* block);
+size_t coterie_release_idle();
+
+// Stable counting sort of `count` expert ids (-1 or ≥ experts: unused, placed last).
+void coterie_sort(const int64_t* ids, int64_t count, int64_t experts, int64_t* order, int32_t* ends);
+}
+#pragma GCC visibility pop

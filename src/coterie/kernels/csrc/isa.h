@@ -1,0 +1,18 @@
+// The instruction sets the library holds, poorest first.
+#pragma once
+
+#include "coterie.h"
+
+namespace coterie {
+
+struct Isa {
+  const char* name;
+  int (*forward)(const CoterieMlp&);
+  int (*backward)(const CoterieMlp&);
+  double (*multiply_adds)(int dtype, int threads);
+  float (*read_memory)(const float* data, long count, int threads);
+};
+
+extern const Isa isa_portable, isa_avx2, isa_avx512, isa_avx512_bf16;
+
+}  // namespace coterie
