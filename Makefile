@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow check format docs sanitize bench clean
+.PHONY: help quickstart test test-slow check format docs reproduce sanitize bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ format: $(VENV)/.test  ## format the code and mend what lint can mend
 
 docs: $(VENV)/.docs  ## build the site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+reproduce: $(VENV)/.test  ## re-run every paper at the standard budget; results go to results/
+	$(BIN)/coterie reproduce --all --out results
 
 sanitize: $(VENV)/.test  ## run the native kernel's tests under the address and undefined-behaviour sanitizers
 	PYTHON=$(BIN)/python bash tests/kernels/sanitize.sh

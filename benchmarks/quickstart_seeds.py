@@ -6,7 +6,9 @@ Prints the quickstart's table as mean ± standard deviation over seeds, and how 
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from coterie.quickstart import quickstart
 from coterie.report import format_bytes, format_count, format_number, format_rate, print_table
@@ -18,16 +20,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None, help="per model; the quickstart's own by default")
     parser.add_argument("--out", type=Path, default=Path("quickstart-seeds"))
     options = parser.parse_args()
-    reports = [run(seed, options.steps, options.out / f"seed-{seed}") for seed in range(options.seeds)]
+    results = [run(seed, options.steps, options.out / f"seed-{seed}") for seed in range(options.seeds)]
     rows = [
-        [name, *(spread([getattr(r.arms[i], field) for r in reports], show) for i in (0, 1))]
+        [name, *(spread([r["arms"][i][field] for r in results], show) for i in (0, 1))]
         for name, field, show in MEASURES
     ]
     print_table(f"quickstart, mean ± sd over {options.seeds} seeds", ["", "dense", "MoE"], rows)
-    ahead = [r.arms[0].held_out - r.arms[1].held_out for r in reports]
+    ahead = [r["arms"][0]["held_out"] - r["arms"][1]["held_out"] for r in results]
     each = ", ".join(f"{a:.4f}" for a in ahead)
     print(f"MoE ahead by, bits per byte: {each}; mean {statistics.mean(ahead):.4f}")
-    print(f"wall time of each run: {', '.join(r.provenance['wall time'] for r in reports)}")
+    print(f"wall time of each run: {', '.join(r['provenance']['wall time'] for r in results)}")
     (options.out / "table.json").write_text(json.dumps({"rows": rows, "ahead": ahead}, indent=1))
 
 
@@ -47,21 +49,23 @@ MEASURES = [
 ]
 
 
-def run(seed, steps, out):
-    if (out / "plan.json").exists() and not json.loads((out / "plan.json").read_text())["finished"]:
-        report = quickstart(out=out, resume=True)
-    else:
-        report = quickstart(out=out, steps=steps, seed=seed)
-    if report is None:
-        raise SystemExit("interrupted; the same command goes on")
-    return report
+def run(seed: int, steps: int | None, out: Path) -> dict[str, Any]:
+    """The results of one seed: those in `out` when it is finished, else of running or resuming it."""
+    plan = json.loads((out / "plan.json").read_text()) if (out / "plan.json").exists() else None
+    if plan is None or not plan["finished"]:
+        report = quickstart(out=out, steps=None if plan else steps, seed=seed, resume=plan is not None)
+        if report is None:
+            raise SystemExit("interrupted; the same command goes on")
+    results: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return results
 
 
-def spread(values, show):
-    if None in values:
+def spread(values: list[float | None], show: Callable[[float], str]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
         return "–"
-    mean = show(statistics.mean(values))
-    deviation = statistics.stdev(values) if len(values) > 1 else 0
+    deviation = statistics.stdev(known) if len(known) > 1 else 0
+    mean = show(statistics.mean(known))
     return mean if deviation == 0 else f"{mean} ± {show(deviation)}"
 
 

@@ -46,6 +46,16 @@ def test_doctor_finds_a_kernel_that_computes_wrong_numbers(monkeypatch):
     assert not findings["healthy"]
 
 
+def test_doctor_says_in_one_line_why_there_is_no_native_kernel():
+    import os
+
+    done = run("doctor", "--json", env={**os.environ, "COTERIE_NATIVE_LIBRARY": "/nowhere.so"})
+    found = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert found["kernels"]["default"] == "torch"
+    assert found["kernels"]["native kernel"].startswith("absent: /nowhere.so is missing")
+
+
 def test_doctor_exits_with_1_when_the_environment_names_no_kernel():
     import os
 

@@ -40,7 +40,7 @@ def examine() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
-        "kernels": {"default": default, **backends},
+        "kernels": {"default": default, **backends, "native kernel": _native()},
         "extras": _extras(),
     }
 
@@ -68,6 +68,11 @@ def _try(backend: str) -> str:
     except (RuntimeError, OSError) as error:
         return f"fails: {error}".splitlines()[0]
     return "works" if torch.allclose(ours, truth, atol=1e-5) else "gives wrong numbers"
+
+
+def _native() -> str:
+    reason = kernels.native.why_unavailable()
+    return f"absent: {reason}" if reason else f"instruction set {kernels.native.instruction_set()}"
 
 
 def _version(package: str) -> str | None:

@@ -20,6 +20,44 @@ def test_load_balance_is_what_a_plain_loop_computes(routing):
     assert balance.load_balance(routing).item() == pytest.approx(routing.num_experts * expected)
 
 
+@given(routings(masked=True))
+def test_a_factor_per_expert_weighs_each_experts_term(routing):
+    factors = torch.linspace(0.1, 2, routing.num_experts, dtype=torch.float64)
+    terms = []
+    for e in range(routing.num_experts):
+        only = torch.zeros(routing.num_experts, dtype=torch.float64)
+        only[e] = 1
+        terms.append(balance.load_balance(routing, expert_weights=only))
+    weighted = balance.load_balance(routing, expert_weights=factors)
+    torch.testing.assert_close(weighted, (factors * torch.stack(terms)).sum())
+    torch.testing.assert_close(balance.load_balance(routing), torch.stack(terms).sum())
+    torch.testing.assert_close(balance.load_balance([routing, routing], expert_weights=factors), weighted)
+
+
+def test_experts_with_a_smaller_factor_end_up_with_more_load():
+    logits = torch.zeros(4, requires_grad=True)
+    noise, factors = torch.randn(2000, 4), torch.tensor([1.0, 1.0, 0.3, 0.3])
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    for _ in range(100):
+        routing = TopK(1)(logits + noise)
+        optimizer.zero_grad()
+        balance.load_balance(routing, expert_weights=factors).backward()
+        optimizer.step()
+    assert routing.load[2:].sum().item() > 2 * routing.load[:2].sum().item()
+
+
+def test_factors_for_other_experts_are_refused():
+    with pytest.raises(ValueError, match=r"expert_weights has shape \(3,\); give one factor for each of 4"):
+        balance.load_balance(TopK(1)(torch.randn(5, 4)), expert_weights=torch.ones(3))
+
+
+def test_slots_dropped_over_capacity_still_count_as_load_in_the_balance_loss():
+    routing = TopK(1)(torch.tensor([[1.0, 0.0]]).expand(8, 2))
+    kept = routing.drop_over_capacity(0.5)
+    assert int(kept.load.sum()) == 2
+    torch.testing.assert_close(balance.load_balance(kept), balance.load_balance(routing))
+
+
 def test_load_balance_is_transformers_loss_over_k():
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 

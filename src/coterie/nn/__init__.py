@@ -29,6 +29,7 @@ from coterie.nn.score import (
     RemapScores,
 )
 from coterie.nn.select import Dense, ExpertChoice, Threshold, TopK, TopP
+from coterie.nn.zero_cost import MaskWeights, ZeroCostExperts
 
 __all__ = [
     "AnyRouter",
@@ -47,6 +48,7 @@ __all__ = [
     "MLPScore",
     "MaskExperts",
     "MaskSlots",
+    "MaskWeights",
     "MixTokens",
     "MoE",
     "ModuleExperts",
@@ -64,6 +66,7 @@ __all__ = [
     "Threshold",
     "TopK",
     "TopP",
+    "ZeroCostExperts",
     "balance",
     "fluctuation",
     "switch_router",

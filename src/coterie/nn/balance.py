@@ -13,8 +13,13 @@ from coterie.nn.routing import Routing
 Routings = Routing | Sequence[Routing]
 
 
-def load_balance(routings: Routings, *, global_batch: bool = True) -> Tensor:
+def load_balance(
+    routings: Routings, *, expert_weights: Tensor | None = None, global_batch: bool = True
+) -> Tensor:
     """Load-balance loss: E · Σ_e (share of slots at e) · (mean score of e). 1 when balanced, up to E.
+
+    The share counts what the router chose, slots dropped over capacity included: the router must learn that
+    it asks too much of an expert.
 
     Scores are normalised to sum to one per token first, which changes nothing for softmax gates and is what
     DeepSeek-V3 does for sigmoid ones. With K = 1 this is Switch's loss; for K > 1 transformers'
@@ -22,10 +27,17 @@ def load_balance(routings: Routings, *, global_batch: bool = True) -> Tensor:
 
     Args:
         routings: one Routing, or one per layer.
+        expert_weights: [E] factor ≥ 0 on each expert's term; None for 1. An expert with a smaller factor is
+            penalised less for its load and ends up with more of it: MoE++ gives experts that cost nothing a
+            factor τ < 1. With factors the balanced value is their mean.
         global_batch: count load over all processes of a distributed run, so that the loss and its gradient
             are those of the joined batch.
 
-    Source: Fedus et al. 2021 (Switch), eq. 4–6; Lepikhin et al. 2020 (GShard), section 2.2.
+    Raises:
+        ValueError: `expert_weights` is not over the routing's experts.
+
+    Source: Fedus et al. 2021 (Switch), eq. 4–6; Lepikhin et al. 2020 (GShard), section 2.2; the factors: Jin
+    et al. 2024 (MoE++), heterogeneous load-balance loss.
 
     >>> float(load_balance(Routing.dense(torch.full((6, 4), 0.25))))
     1.0
@@ -33,7 +45,8 @@ def load_balance(routings: Routings, *, global_batch: bool = True) -> Tensor:
 
     def loss(routing: Routing) -> Tensor:
         scores_TE = routing.scores / routing.scores.sum(-1, keepdim=True).clamp(min=1e-20)
-        load_E, tokens, world = routing.load.to(scores_TE), routing.num_tokens.to(scores_TE), 1
+        chosen_E = routing.load if routing.chosen_E is None else routing.chosen_E
+        load_E, tokens, world = chosen_E.to(scores_TE), routing.num_tokens.to(scores_TE), 1
         if global_batch and distributed.is_available() and distributed.is_initialized():
             counts = torch.cat([load_E, tokens.view(1)])
             distributed.all_reduce(counts)
@@ -41,6 +54,13 @@ def load_balance(routings: Routings, *, global_batch: bool = True) -> Tensor:
         share_E = load_E / load_E.sum().clamp(min=1)
         # processes average their gradients: dividing by tokens / world makes that the joined batch's mean
         score_E = _masked(scores_TE, routing).sum(0) / (tokens / world).clamp(min=1)
+        if expert_weights is not None:
+            if expert_weights.shape != (routing.num_experts,):
+                raise ValueError(
+                    f"expert_weights has shape {tuple(expert_weights.shape)}; "
+                    f"give one factor for each of {routing.num_experts} experts"
+                )
+            share_E = share_E * expert_weights.to(share_E)
         return routing.num_experts * (share_E * score_E).sum()
 
     return _over_layers(loss, routings)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.report.attraction import END_TEXT, Attracted, Passage, show
+from coterie.report.attraction import END_TEXT, Attracted, Passage
 from coterie.report.comparison import Arm, headline
+from coterie.report.html import fill_template, write_whole
 from coterie.report.plots import expert_colours, loss_curves
-from coterie.report.tables import format_number
 
 
 @dataclass
@@ -89,34 +89,17 @@ def write_report(path: str | os.PathLike[str], report: Report) -> Path:
     '<!DOCTYPE html>'
     """
     path = Path(path)
-    page = render(report)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(page, "utf-8", newline="\n")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_whole(path, render(report))
     return path
 
 
 def render(report: Report) -> str:
     """The page as text; see `write_report`."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     _check(report)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    environment.filters.update(show=show, number=format_number, tint=_tint)
-    return environment.get_template("page.html").render(
+    return fill_template(
+        "page.html",
         report=report,
         curves=Markup(loss_curves(report.arms)),
         narrow_curves=Markup(loss_curves(report.arms, width=4.4, height=3.6)),
@@ -124,6 +107,7 @@ def render(report: Report) -> str:
         num_layers=max(len(report.load), len(report.passage.experts) if report.passage else 0),
         end_text=END_TEXT,
         choices=_choices(report.passage),
+        tint=_tint,
     )
 
 

@@ -1,9 +1,11 @@
-"""The report's drawings: loss curves as inline SVG, and one colour per expert."""
+"""The reports' drawings: lines as inline SVG, and one colour per expert."""
 
 import colorsys
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -65,14 +67,7 @@ def loss_curves(arms: Sequence[Arm], *, width: float = 8.0, height: float = 3.8)
     if not drawn:
         return ""
 
-    from matplotlib import rc_context, rcParams
-    from matplotlib.figure import Figure
-
-    with rc_context():
-        rcParams.update({"svg.fonttype": "none", "svg.hashsalt": f"{width} x {height}"})
-        rcParams.update({"text.parse_math": False, "font.size": 10.5})
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.add_subplot()
+    with _drawing(width, height) as (axes, svg):
         for i, arm in drawn:
             style: dict[str, Any] = {"color": _ARMS[i], "solid_capstyle": "round"}
             steps, train = np.asarray(arm.steps), np.asarray(arm.train, float)
@@ -82,16 +77,111 @@ def loss_curves(arms: Sequence[Arm], *, width: float = 8.0, height: float = 3.8)
                 arm.eval_steps, arm.eval, _MARKERS[i], ms=5.5, mec="none", color=_ARMS[i], label=arm.label
             )
         axes.set_ylim(*_limits([arm for _, arm in drawn]))
-        axes.set_xlabel("training step", color=_FAINT)
-        axes.set_ylabel("bits per byte", color=_FAINT)
+        axes.set_xlabel("training step")
+        axes.set_ylabel("bits per byte")
+        _legend(axes, "upper right")
+    return _inline(svg.getvalue(), _describe(drawn))
+
+
+@dataclass
+class Line:
+    """One labelled line of `line_plot`.
+
+    Args:
+        label: in the legend.
+        x, y: its points, in order.
+        low, high: a band around it, as long as y; empty for none.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+
+def line_plot(
+    lines: Sequence[Line],
+    *,
+    x: str,
+    y: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    points: bool = False,
+    width: float = 8.0,
+    height: float = 3.8,
+) -> str:
+    """Lines, or scattered points, as an SVG element to be put inside a page; see `loss_curves`.
+
+    Past six lines, colours come again, dashed.
+
+    Args:
+        lines: at least one, each with at least one point.
+        x, y: names of the axes.
+        log_x, log_y: logarithmic axes.
+        points: markers without lines.
+        width, height: inches at the size of the page's text.
+
+    >>> line_plot([Line("loss", [1, 2], [3.0, 2.0])], x="step", y="nats")[:13]
+    '<svg viewBox='
+    """
+    from matplotlib.ticker import LogLocator
+
+    with _drawing(width, height) as (axes, svg):
+        for i, line in enumerate(lines):
+            colour, again = _ARMS[i % len(_ARMS)], i // len(_ARMS)
+            xs, ys = np.asarray(line.x, float), np.asarray(line.y, float)
+            if points:
+                marker = _MARKERS[(i + again) % len(_MARKERS)]
+                axes.plot(xs, ys, marker, ms=6, mec="none", color=colour, label=line.label)
+                continue
+            if len(line.low):
+                at, low = _thin(xs, np.asarray(line.low, float))
+                high = _thin(xs, np.asarray(line.high, float))[1]
+                axes.fill_between(at, low, high, color=colour, alpha=0.18, lw=0)
+            style: dict[str, Any] = {
+                "ls": ("-", "--", ":")[min(again, 2)],
+                "marker": "o" if len(xs) == 1 else "",
+            }
+            axes.plot(*_thin(xs, ys), lw=1.6, color=colour, label=line.label, **style)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
+        for axis in (axes.xaxis,) * log_x + (axes.yaxis,) * log_y:
+            low, high = axis.get_view_interval()
+            if high < 100 * low:  # powers of ten alone would leave such an axis almost without numbers
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")  # and written as powers they would need mathematics
+        axes.minorticks_off()
+        _legend(axes, "best")
+    ends = "; ".join(f"{line.label} ends at {line.y[-1]:.3g}" for line in lines)
+    return _inline(svg.getvalue(), f"{y} over {x}: {ends}.")
+
+
+@contextmanager
+def _drawing(width: float, height: float) -> Iterator[tuple[Any, io.StringIO]]:
+    """Axes to draw on, in the page's look; the SVG is in the buffer afterwards."""
+    from matplotlib import rc_context, rcParams
+    from matplotlib.figure import Figure
+
+    svg = io.StringIO()
+    with rc_context():
+        rcParams.update({"svg.fonttype": "none", "svg.hashsalt": f"{width} x {height}"})
+        rcParams.update({"text.parse_math": False, "font.size": 10.5})
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.add_subplot()
+        yield axes, svg
+        axes.xaxis.label.set_color(_FAINT)
+        axes.yaxis.label.set_color(_FAINT)
         axes.tick_params(color=_GRID, labelcolor=_FAINT, length=0)
         axes.grid(axis="y", color=_GRID, lw=0.8)
         axes.spines[:].set_visible(False)
-        legend = axes.legend(frameon=False, labelcolor=_INK, loc="upper right", handletextpad=0.4)
-        legend.set_in_layout(False)  # a long label must not squeeze the drawing
-        svg = io.StringIO()
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(svg.getvalue(), _describe(drawn))
+
+
+def _legend(axes: Any, where: str) -> None:
+    legend = axes.legend(frameon=False, labelcolor=_INK, loc=where, handletextpad=0.4)
+    legend.set_in_layout(False)  # a long label must not squeeze the drawing
 
 
 def smooth(values: ArrayLike) -> NDArray[np.float64]:
@@ -107,7 +197,7 @@ def smooth(values: ArrayLike) -> NDArray[np.float64]:
     return mean
 
 
-def _thin(steps: NDArray[np.integer], values: NDArray[np.float64]) -> tuple[ArrayLike, ArrayLike]:
+def _thin(steps: NDArray[Any], values: NDArray[np.float64]) -> tuple[ArrayLike, ArrayLike]:
     """At most 400 points, each the mean of its bin: a longer path only makes the page heavier."""
     bins = min(len(steps), 400)
     edges = np.linspace(0, len(steps), bins + 1).astype(int)[:-1]
