@@ -333,3 +333,15 @@ def test_bad_tokens_are_refused_in_one_line():
         HashRouter(torch.tensor([0]), 1)(torch.zeros(3, 8))
     with pytest.raises(ValueError, match="needs shape"):
         SequenceRouter(router)(torch.zeros(3, 8))
+
+
+def test_a_previous_layer_of_another_size_is_refused():
+    score = PreviousLogits(LinearScore(8, 6))
+    with pytest.raises(ValueError, match="routed over 4 experts but this scorer maps 6"):
+        score(torch.zeros(5, 8), previous=Routing.dense(torch.rand(5, 4)))
+
+
+def test_capacity_for_training_only_drops_nothing_in_evaluation():
+    router = LimitCapacity(Router(LinearScore(8, 6), TopK(2)), 0.5, training_only=True)
+    assert int(router(torch.randn(30, 8)).dropped.sum()) > 0
+    assert int(router.eval()(torch.randn(30, 8)).dropped.sum()) == 0

@@ -7,7 +7,6 @@ Source: Jin et al. 2024 (MoE++, arXiv 2410.07348).
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,9 +85,9 @@ def moe_plus_plus(
     is_zero_E = torch.tensor([False] * num_ffn + [kind == "zero" for kind in zero_cost.kinds])
     select = MaskWeights(TopK(top_k), is_zero_E) if mask_zero and zero else TopK(top_k)
     factors_E = capacity_factors(num_ffn, zero_cost.num_experts, tau, capacity_factor or 1.0)
-    router: Router | TrainingCapacity = Router(score, select)
+    router: Router | LimitCapacity = Router(score, select)
     if capacity_factor is not None:
-        router = TrainingCapacity(router, factors_E)
+        router = LimitCapacity(router, factors_E, training_only=True)
     return MoE(router, ConcatExperts(ffn, zero_cost))  # type: ignore[arg-type]
 
 
@@ -114,13 +113,6 @@ def make_ffn(config: DecoderConfig, **options: int | float | bool | None) -> Cal
         return moe_plus_plus(bank, config.dim, **settings)  # type: ignore[arg-type]
 
     return make
-
-
-class TrainingCapacity(LimitCapacity):
-    """A `LimitCapacity` that lets every expert take all its tokens in evaluation mode."""
-
-    def forward(self, x_TD: Tensor, **context: Any) -> Routing:
-        return super().forward(x_TD, **context) if self.training else self.router(x_TD, **context)
 
 
 def routing_loss(

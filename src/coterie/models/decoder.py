@@ -140,7 +140,7 @@ class Decoder(nn.Module):
     def _init_weights(self) -> None:
         # Width-scaled normal, and layers that write to the residual stream scaled down by depth (GPT-2).
         for name, p in self.named_parameters():
-            if p.dim() < 2:
+            if p.dim() < 2 or not bool(p.any()):  # a matrix that its module starts at zero stays there
                 continue
             std = 0.02 if "embed" in name else p.shape[-1] ** -0.5
             if "o_proj" in name or "down_proj" in name:

@@ -65,7 +65,7 @@ class SwiGLUExperts(nn.Module):
         self.down_bias = nn.Parameter(torch.zeros(num_experts, dim_out)) if bias else None
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        _check_routing(self.num_experts, routing)
+        check_routing(self.num_experts, routing)
         return grouped_mlp(
             x_TD,
             routing.weights,
@@ -117,7 +117,7 @@ class MLPExperts(nn.Module):
         self.down_bias = nn.Parameter(torch.zeros(num_experts, dim_out)) if bias else None
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        _check_routing(self.num_experts, routing)
+        check_routing(self.num_experts, routing)
         return grouped_mlp(
             x_TD,
             routing.weights,
@@ -153,7 +153,7 @@ class ModuleExperts(nn.Module):
         self.num_experts = len(self.experts)
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        _check_routing(self.num_experts, routing)
+        check_routing(self.num_experts, routing)
         dispatch, weights_N = routing.dispatch, routing.weights.reshape(-1)
         starts = [0, *dispatch.ends_E.tolist()]
         slots = [dispatch.order_N[a:b] for a, b in pairwise(starts)]
@@ -180,7 +180,7 @@ class ConcatExperts(nn.Module):
         self.num_experts = sum(self._sizes())
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        _check_routing(self.num_experts, routing)
+        check_routing(self.num_experts, routing)
         first, outputs = 0, []
         for bank, size in zip(self.banks, self._sizes(), strict=True):
             outputs.append(bank(x_TD, routing.narrow(first, size)))
@@ -195,7 +195,7 @@ def _matrix(num_experts: int, rows: int, columns: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(num_experts, rows, columns) * columns**-0.5)
 
 
-def _check_routing(num_experts: int, routing: Routing) -> None:
+def check_routing(num_experts: int, routing: Routing) -> None:
     if routing.num_experts != num_experts:
         raise ValueError(
             f"the routing is over {routing.num_experts} experts but the bank holds {num_experts}"

@@ -275,12 +275,11 @@ class LimitCapacity(nn.Module):
         router: chooses first.
         capacity_factor: capacity in shares of the mean load; a tensor [E] for one per expert.
         by: who keeps a place, "position" or "weight"; see `Routing.drop_over_capacity`.
+        training_only: in evaluation mode every expert takes all its tokens.
 
     >>> LimitCapacity(RandomRouter(4, k=2), 1.0)(torch.zeros(6, 16)).load.max() <= 3
     tensor(True)
     """
-
-    capacity_factor: Tensor
 
     def __init__(
         self,
@@ -288,14 +287,18 @@ class LimitCapacity(nn.Module):
         capacity_factor: float | Tensor,
         *,
         by: Literal["position", "weight"] = "position",
+        training_only: bool = False,
     ) -> None:
         super().__init__()
-        self.router, self.by = router, by
+        self.router, self.by, self.training_only = router, by, training_only
         self.num_experts = router.num_experts
-        self.register_buffer("capacity_factor", torch.as_tensor(capacity_factor, dtype=torch.float32))
+        self.capacity_factor = capacity_factor  # no buffer: model.to(bfloat16) would round it
 
     def forward(self, x_TD: Tensor, **context: Any) -> Routing:
-        return self.router(x_TD, **context).drop_over_capacity(self.capacity_factor, by=self.by)
+        routing = self.router(x_TD, **context)
+        if self.training_only and not self.training:
+            return routing
+        return routing.drop_over_capacity(self.capacity_factor, by=self.by)
 
 
 def check_tokens(x_TD: Tensor, dim: int | None) -> None:

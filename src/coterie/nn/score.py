@@ -175,6 +175,11 @@ class PreviousLogits(_Wrapper):
         logits_TE = self.score(x_TD, previous=previous, **context)
         if previous is None:
             return logits_TE
+        if previous.num_experts != self.weight.shape[1]:
+            raise ValueError(
+                f"the previous layer routed over {previous.num_experts} experts but this scorer maps "
+                f"{self.weight.shape[1]}; give previous_experts={previous.num_experts}"
+            )
         return logits_TE + F.linear(previous.logits.to(logits_TE), self.weight.to(logits_TE))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coterie.nn.experts import _check_routing
+from coterie.nn.experts import check_routing
 from coterie.nn.routers import Select
 from coterie.nn.routing import Routing
 from coterie.nn.score import wide
@@ -53,7 +53,7 @@ class ZeroCostExperts(nn.Module):
         self.value = nn.Parameter(0.02 * torch.randn(constant, dim)) if constant else None  # v
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        _check_routing(self.num_experts, routing)
+        check_routing(self.num_experts, routing)
         device = x_TD.device.type
         if torch.is_autocast_enabled(device):  # the dtype that the banks of matrices answer in
             x_TD = x_TD.to(torch.get_autocast_dtype(device))

@@ -99,8 +99,8 @@ CLAIMS = [
         lambda arms: arms["top-p"]["loss"] - arms["top-2"]["loss"],
         at_most=0.01,
         note="One seed's difference varies by 0.02 nats, so that three seeds hardly decide this. Measured: "
-        "0.017 on seeds 0 to 2, 0.008 on seeds 0 to 7. Tried: an entropy weight of 5e-3, 0.020 on seeds 0 to 2 "
-        "at 1.18 experts; 3e-3, -0.010 on seeds 3 to 7 at 1.22 experts; 1000 steps on fresh text at 1e-2, "
+        "0.017 on seeds 0 to 2, 0.008 on seeds 0 to 7. Tried: an entropy weight of 5e-3, 0.020 on seeds 0 to "
+        "2 at 1.18 experts; 3e-3, -0.010 on seeds 3 to 7 at 1.22 experts; 1000 steps on fresh text at 1e-2, "
         "0.014 on seeds 10 to 12 at 1.01 experts, a top-1 model.",
     ),
     Claim(

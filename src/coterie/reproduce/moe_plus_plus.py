@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from coterie.language.moe_plus_plus import TrainingCapacity, moe_plus_plus, routing_loss
-from coterie.nn import LinearScore, MLPExperts, MoE, Router, Routing, TopK, balance
+from coterie.language.moe_plus_plus import moe_plus_plus, routing_loss
+from coterie.nn import LimitCapacity, LinearScore, MLPExperts, MoE, Router, Routing, TopK, balance
 from coterie.reproduce import Budget, Card, Claim, Plot, Values, train
 from coterie.train import LossFn, LossOutput
 
@@ -218,7 +218,7 @@ class Regressor(nn.Module):
 def _moe(tau: float | None, gating_residual: bool) -> MoE:
     bank = MLPExperts(FFN, DIM, DIM, bias=False)
     if tau is None:
-        layer = MoE(TrainingCapacity(Router(LinearScore(DIM, FFN), TopK(2)), 1.1), bank)
+        layer = MoE(LimitCapacity(Router(LinearScore(DIM, FFN), TopK(2)), 1.1, training_only=True), bank)
     else:
         layer = moe_plus_plus(bank, DIM, tau=tau, gating_residual=gating_residual)
     for module in layer.router.modules():  # type: ignore[attr-defined]
