@@ -50,7 +50,9 @@ def moe_plus_plus(
     Args:
         ffn: bank of feed-forward experts, such as `SwiGLUExperts(8, dim, hidden)`.
         dim: D.
-        zero, copy, constant: how many of each. The paper takes 1, 1 and max(ffn / 4 - 2, 2) in its tables.
+        zero: how many zero experts; 1 in the paper.
+        copy: how many copy experts; 1 in the paper.
+        constant: how many constant experts; max(ffn / 4 - 2, 2) in the paper.
         top_k: experts per token, of any kind.
         tau: share of a zero-cost expert's capacity that a feed-forward expert gets, 0.1 … 1 in the paper.
             Smaller is faster: balanced, τ F / (τ F + Z) of the slots go to the F feed-forward experts.
@@ -126,7 +128,8 @@ def routing_loss(
     Args:
         routings: one per MoE layer; layers are summed.
         num_ffn: feed-forward experts, the first of the E.
-        tau, beta: τ as in `moe_plus_plus`, and the weight of the loss.
+        tau: τ as in `moe_plus_plus`.
+        beta: weight of the loss.
 
     >>> layer = moe_plus_plus(SwiGLUExperts(8, 16, 32), dim=16)
     >>> _, routing = layer(torch.randn(100, 16))

@@ -24,7 +24,9 @@ class ZeroCostExperts(nn.Module):
 
     Args:
         dim: width D of a token and of the result.
-        zero, copy, constant: how many of each; at least one in all.
+        zero: how many zero experts.
+        copy: how many copy experts.
+        constant: how many constant experts; at least one of the three in all.
 
     Attributes: `kinds`, the kind of each expert by id.
 
