@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coterie.models import load_pretrained
-from coterie.quickstart import DENSE, MOE, Decoder, quickstart
+from coterie.quickstart import BATCH_SIZE, DENSE, MOE, SEQ_LEN, Decoder, quickstart
 
 COTERIE = str(Path(sys.executable).with_name("coterie"))
 
@@ -36,7 +36,7 @@ def finished(text, tmp_path_factory):
 def test_both_models_have_the_same_active_parameters_and_tokens(finished):
     report, _ = finished
     dense, moe = report.arms
-    assert dense.tokens == moe.tokens == 4 * 16 * 128
+    assert dense.tokens == moe.tokens == 4 * BATCH_SIZE * SEQ_LEN
     assert moe.active_parameters <= dense.active_parameters <= 1.01 * moe.active_parameters
     assert moe.total_parameters > 2 * dense.total_parameters
     torch.manual_seed(0)
@@ -115,7 +115,7 @@ def test_an_interrupted_run_resumes_to_the_numbers_of_an_unbroken_one(finished, 
 
 def test_minutes_choose_the_same_number_of_steps_for_both(text, tmp_path):
     report = quickstart([text], tmp_path / "run", minutes=0.01, progress=False)
-    assert report.arms[0].tokens == report.arms[1].tokens >= 20 * 16 * 128
+    assert report.arms[0].tokens == report.arms[1].tokens >= 20 * BATCH_SIZE * SEQ_LEN
 
 
 def run(*arguments, **options):
@@ -135,7 +135,7 @@ def test_the_command_prints_the_table_or_only_json(text, tmp_path):
 
 def test_ctrl_c_exits_with_130_and_says_how_to_go_on(text, tmp_path):
     process = subprocess.Popen(
-        [COTERIE, "quickstart", "--text", text, "--out", tmp_path / "run", "--steps", "100000"],
+        [COTERIE, "quickstart", "--text", text, "--out", tmp_path / "run", "--steps", "400"],
         stderr=subprocess.PIPE,
         text=True,
     )
