@@ -98,3 +98,11 @@ def test_empty_missing_and_outside_are_errors(tmp_path: Path) -> None:
         corpus.read(2, 3)
     with pytest.raises(ValueError, match="seq_len=0"):
         ByteWindows(corpus, 0)
+
+
+def test_a_real_text_comes_back_byte_for_byte(data_dir):
+    file = data_dir / "text" / "tinyshakespeare.txt"
+    corpus = ByteCorpus([file])
+    ids = corpus.read(0, len(corpus))
+    assert bytes(ids[:-1].astype(np.uint8)) == file.read_bytes()
+    assert ids[-1] == 256
