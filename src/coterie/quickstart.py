@@ -13,11 +13,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 import coterie
 from coterie.data import (
@@ -31,7 +30,7 @@ from coterie.data import (
     stdlib_sources,
 )
 from coterie.models import Decoder, DecoderConfig, generate, save_pretrained
-from coterie.nn import Monitor, Routing
+from coterie.nn import Routing
 from coterie.report import (
     Arm,
     Report,
@@ -43,6 +42,7 @@ from coterie.report import (
     passage,
     write_report,
 )
+from coterie.report.html import write_whole
 from coterie.train import History, PeakMemory, evaluate, fit, language_model_loss
 
 # 8 experts, top-2, half as wide each as the dense network; the 8 columns more that the dense network gets
@@ -111,7 +111,7 @@ def quickstart(
     out.mkdir(parents=True, exist_ok=True)
     if plan.steps == 0:
         plan.steps = _steps_within(float(minutes or 0), train, plan.seed)
-    _write_json(out / "plan.json", asdict(plan))
+    _save_plan(out, plan)
 
     arms, models = [], {}
     for label, config in (("dense", DENSE), ("MoE", MOE)):
@@ -126,9 +126,9 @@ def quickstart(
 
     report = _report(arms, models["MoE"], train, heldout, plan)
     report.provenance["wall time"] = format_duration(time.perf_counter() - began)
-    _write_text(out / "results.json", report.to_json())
+    write_whole(out / "results.json", report.to_json())
     write_report(out / "report.html", report)
-    _write_json(out / "plan.json", asdict(replace(plan, finished=True)))
+    _save_plan(out, replace(plan, finished=True))
     shutil.rmtree(out / "training")
     return report
 
@@ -216,12 +216,6 @@ def _train(
 def _measure(label: str, model: Decoder, history: History, peak: int, heldout: ByteWindows) -> Arm:
     sample = _sample(heldout, HELDOUT_WINDOWS)
     scores = evaluate(model, sample, language_model_loss(), BATCH_SIZE)
-    routing: dict[str, float] = {}
-    if model.config.num_experts:
-        monitor = Monitor()
-        for ids_BS in DataLoader(sample, BATCH_SIZE):
-            monitor.update(_route(model, ids_BS[:, :-1]))
-        routing = monitor.summary()
     return Arm(
         label=label,
         total_parameters=model.num_parameters(),
@@ -230,8 +224,8 @@ def _measure(label: str, model: Decoder, history: History, peak: int, heldout: B
         held_out=scores["cross_entropy"] / np.log(2),
         tokens_per_second=history.tokens_per_second,
         peak_memory=peak,
-        imbalance=routing.get("imbalance"),
-        entropy=routing.get("entropy"),
+        imbalance=scores.get("imbalance"),
+        entropy=scores.get("entropy"),
         steps=list(history.step),
         train=history.bits_per_token,
         eval_steps=[int(e["step"]) for e in history.evals],
@@ -302,14 +296,8 @@ def _decode(ids: list[int]) -> str:
     return bytes(i for i in ids if i < END_OF_TEXT).decode("utf-8", "replace")
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(content, indent=1))
-
-
-def _write_text(path: Path, content: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, path)
+def _save_plan(out: Path, plan: Plan) -> None:
+    write_whole(out / "plan.json", json.dumps(asdict(plan), indent=1))
 
 
 def print_report(report: Report, out: Path) -> None:
