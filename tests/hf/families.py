@@ -109,9 +109,11 @@ def families() -> list[tuple[str, str]]:
     return found
 
 
-def tiny_config(config_class: type[PretrainedConfig], **more: object) -> PretrainedConfig:
+def tiny_config(
+    config_class: type[PretrainedConfig], sizes: dict[str, object], **more: object
+) -> PretrainedConfig:
     default = config_class()
-    values = {k: v for k, v in TINY.items() if _has(default, k)}
+    values = {k: v for k, v in sizes.items() if _has(default, k)}
     if "qk_rope_head_dim" in values:
         values.pop("head_dim", None)  # derived there
     for name, value in default.to_dict().items():
@@ -119,7 +121,7 @@ def tiny_config(config_class: type[PretrainedConfig], **more: object) -> Pretrai
             values[name] = value[-LAYERS:]
     for name, sub in getattr(config_class, "sub_configs", {}).items():
         if isinstance(sub, type) and hasattr(sub, "model_type") and sub is not transformers.AutoConfig:
-            values[name] = tiny_config(sub)
+            values[name] = tiny_config(sub, sizes)
     return config_class(**(values | more))
 
 
@@ -130,7 +132,8 @@ def _has(config: PretrainedConfig, name: str) -> bool:
         return False
 
 
-def tiny_model(family: str, experts: str) -> PreTrainedModel:
+def tiny_model(family: str, experts: str, **sizes: object) -> PreTrainedModel:
+    """A family's model of the sizes in TINY, or in `sizes`."""
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
 
     config_class = _config_class(module, getattr(module, experts))
@@ -145,7 +148,17 @@ def tiny_model(family: str, experts: str) -> PreTrainedModel:
     ]
     best = max(candidates, key=lambda c: (c.__name__.endswith("ForCausalLM"), "For" not in c.__name__))
     torch.manual_seed(0)
-    return best(tiny_config(config_class, **MORE.get(family, {}))).eval()
+    return best(tiny_config(config_class, TINY | sizes, **MORE.get(family, {}))).eval()
+
+
+def output(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits, or hidden states where the model has no head."""
+    with torch.no_grad():
+        if "Talker" in type(model).__name__:  # takes embeddings of another model's making
+            result = model(inputs_embeds=model.codec_embedding(ids))
+        else:
+            result = model(input_ids=ids)
+    return result.logits if hasattr(result, "logits") else result.last_hidden_state
 
 
 def _config_class(module: ModuleType, experts: type) -> type[PretrainedConfig]:
