@@ -85,7 +85,10 @@ def mixed(domains: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     >>> mixed([[torch.tensor([3.0, 1.0])], [torch.tensor([0.0, 8.0])]])[0].tolist()
     [0.375, 0.625]
     """
-    shares = [[score_E / score_E.sum().clamp(min=1e-300) for score_E in scores] for scores in domains]
+    shares = [
+        [score_E.double() / score_E.double().sum().clamp(min=1e-300) for score_E in scores]
+        for scores in domains
+    ]
     return [torch.stack(each).mean(0) for each in zip(*shares, strict=True)]
 
 
@@ -100,8 +103,10 @@ def kept_experts(score_E: Tensor, keep: int, *, groups: int = 1) -> list[int]:
     Raises:
         ValueError: keep out of range, or not divisible by the groups.
 
-    >>> kept_experts(torch.tensor([0.1, 0.9, 0.5, 0.4]), 2), kept_experts(torch.tensor([5, 4, 1, 2]), 2, groups=2)
-    ([1, 2], [0, 3])
+    >>> kept_experts(torch.tensor([0.1, 0.9, 0.5, 0.4]), 2)
+    [1, 2]
+    >>> kept_experts(torch.tensor([5, 4, 1, 2]), 2, groups=2)
+    [0, 3]
     """
     if not 1 <= keep <= len(score_E):
         raise ValueError(f"keep={keep} of {len(score_E)} experts; use 1 ≤ keep ≤ {len(score_E)}")
