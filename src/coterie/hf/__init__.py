@@ -1,20 +1,25 @@
 """The bridge to Hugging Face transformers. Importing it registers the `coterie` experts implementation."""
 
 from coterie.hf.blocks import MoEBlock, find_moe_blocks
+from coterie.hf.checkpoint import Checkpoint
 from coterie.hf.experts import experts_forward, register
 from coterie.hf.layout import BankLayout, BlockLayout, block_layout
 from coterie.hf.load import check_files, load
 from coterie.hf.record import BlockRecord, recording
+from coterie.hf.rewrite import Writer, rewriting, save_pruned
 from coterie.hf.save import check_expressible, save
+from coterie.hf.stream import stream_records
 from coterie.hf.tensors import ExpertTensors, RouterTensors, pack, unpack
 
 __all__ = [
     "BankLayout",
     "BlockLayout",
     "BlockRecord",
+    "Checkpoint",
     "ExpertTensors",
     "MoEBlock",
     "RouterTensors",
+    "Writer",
     "block_layout",
     "check_expressible",
     "check_files",
@@ -24,7 +29,10 @@ __all__ = [
     "pack",
     "recording",
     "register",
+    "rewriting",
     "save",
+    "save_pruned",
+    "stream_records",
     "unpack",
 ]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -42,8 +42,8 @@ class Checkpoint:
         blocks: its MoE blocks.
         stack: name of the list of decoder layers that the blocks are in, such as "model.layers".
 
-    Raises ValueError if files are missing or damaged, the weights are quantised, there is no MoE block, or the
-    blocks are not in one stack of layers.
+    Raises ValueError if files are missing or damaged, the weights are quantised, there is no MoE block, or
+    the blocks are not in one stack of layers.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -71,6 +71,29 @@ class Checkpoint:
         """Names of the decoder layers, in order of depth."""
         return [f"{self.stack}.{i}" for i, _ in enumerate(self.model.get_submodule(self.stack).children())]
 
+    @property
+    def parts(self) -> list[str]:
+        """Everything that `load` takes and the checkpoint has tensors of."""
+        return list(self._stored_as)
+
+    def layer_of(self, block: MoEBlock) -> str:
+        """The name of the decoder layer that a block is in."""
+        return self._part(f"{block.name}.")
+
+    @contextmanager
+    def loaded(self, part: str) -> Iterator[nn.Module]:
+        """The module of that name, loaded while the context is open, as `load` and `drop` do.
+
+        Its blocks may be edited: the configuration, which other layers share, is then put back, and the
+        blocks' layouts remember their new numbers.
+        """
+        self.load(part)
+        before = [(block.config, dict(vars(block.config))) for block in self.blocks]
+        yield self.model.get_submodule(part)
+        for config, numbers in before:
+            vars(config).update(numbers)
+        self.drop(part)
+
     def load(self, part: str) -> None:
         """Loads the tensors of one module, such as "model.layers.3" or "lm_head"; of all others for "".
 
@@ -84,7 +107,7 @@ class Checkpoint:
         )
         with self.stored(part) as tensors, _quiet():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, load_config)
-        for name, found, right in info.mismatched_keys:
+        for name, found, right in sorted(info.mismatched_keys):
             raise ValueError(f"{self.folder}: {name} has shape {list(found)}, config.json asks {list(right)}")
         for name, message in info.conversion_errors.items():
             raise ValueError(f"{self.folder}: {name} cannot be loaded: {message.strip().splitlines()[-1]}")
@@ -128,7 +151,7 @@ class Checkpoint:
         return f"{self.stack}.{name[len(self.stack) + 1 :].split('.')[0]}"
 
     def _find_stored(self) -> dict[str, list[str]]:
-        """Names on disk by the part of the model that they are loaded into; what the model lacks is left out."""
+        """Names on disk by the part of the model they are loaded into, without those the model lacks."""
         mapping = get_model_conversion_mapping(self.model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

@@ -64,11 +64,11 @@ def write_numbers(model: PreTrainedModel, layout: BlockLayout, bank: Any, change
         if isinstance(vars(module).get("config"), PretrainedConfig):
             # some routers ask their configuration while they compute, and layers may come to differ
             module.config = copy.copy(module.config)
-            _write_fields(module.config, changed)
+            write_fields(module.config, changed)
         _write_attributes(module, {**changed, "rows": get_tensor(model, layout.router["rows"]).shape[0]})
     for module in (bank, block):
         _write_attributes(module, changed)
-    _write_fields(bank.config, changed)
+    write_fields(bank.config, changed)
     for owner in model.modules():
         if isinstance(owner, PreTrainedModel) and any(c is bank.config for c in configs(owner.config)):
             _write_attributes(owner, changed)
@@ -90,7 +90,8 @@ def _router_modules(model: nn.Module, layout: BlockLayout) -> list[nn.Module]:
     return [first] if first is last else [first, last]
 
 
-def _write_fields(config: PretrainedConfig, changed: Mapping[str, int]) -> None:
+def write_fields(config: PretrainedConfig, changed: Mapping[str, int]) -> None:
+    """Writes numbers, by the keys of FIELDS, into a configuration under its family's own names."""
     for what, number in changed.items():
         for field in FIELDS[what]:
             if isinstance(vars(config).get(field), int):

@@ -33,23 +33,18 @@ def stream_records(
 
     Memory: the embeddings, then two layers' weights at most, and two hidden states [B, S, D] per batch.
 
-    Raises ValueError if there are no batches, as `Checkpoint` does, or if the decoder is no plain stack: what a
-    layer is called with depends on the layers below, or it returns more than its hidden states.
+    Raises ValueError if there are no batches, as `Checkpoint` does, or if the decoder is no plain stack: what
+    a layer is called with depends on the layers below, or it returns more than its hidden states.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
     calls = _catch(checkpoint, batches)
     for number, name in enumerate(checkpoint.layers):
-        checkpoint.load(name)
-        layer = checkpoint.model.get_submodule(name)
-        blocks = [block for block in checkpoint.blocks if f"{block.name}.".startswith(f"{name}.")]
-        with recording(blocks, keep_inputs=keep_inputs) as records, torch.no_grad():
-            for call in calls:
-                call.hidden = _run(name, layer, call, number)
-        for block, record in zip(blocks, records, strict=True):
-            numbers = dict(vars(block.config))
-            yield block, record
-            vars(block.config).update(numbers)  # layers share it
-        checkpoint.drop(name)
+        blocks = [block for block in checkpoint.blocks if checkpoint.layer_of(block) == name]
+        with checkpoint.loaded(name) as layer:
+            with recording(blocks, keep_inputs=keep_inputs) as records, torch.no_grad():
+                for call in calls:
+                    call.hidden = _run(name, layer, call, number)
+            yield from zip(blocks, records, strict=True)
 
 
 @dataclass
