@@ -35,6 +35,7 @@ class Checkpoint:
 
     Args:
         folder: with config.json and safetensors.
+        options: of the model's making, such as attn_implementation, experts_implementation.
 
     Attributes:
         folder: as given.
@@ -46,7 +47,7 @@ class Checkpoint:
     the blocks are not in one stack of layers.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, **options: Any) -> None:
         self.folder = Path(folder)
         check_files(folder)
         config = AutoConfig.from_pretrained(folder)
@@ -55,7 +56,8 @@ class Checkpoint:
         self._shard_of = {name: path for path in shards(self.folder) for name in _names(path)}
         with torch.device("meta"):
             dtype = config.dtype or self._stored_dtype()
-            self.model: PreTrainedModel = model_class(self.folder)._from_config(config, dtype=dtype).eval()
+            make = model_class(self.folder)._from_config
+            self.model: PreTrainedModel = make(config, dtype=dtype, **options).eval()
         for name, buffer in list(self.model.named_non_persistent_buffers()):
             modules.set_tensor(self.model, name, torch.empty_like(buffer, device="cpu"))
         self.model.initialize_weights()  # computes those buffers; on "meta" it does nothing
