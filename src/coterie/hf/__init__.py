@@ -1,6 +1,7 @@
 """The bridge to Hugging Face transformers. Importing it registers the `coterie` experts implementation."""
 
 from coterie.hf.blocks import MoEBlock, find_moe_blocks
+from coterie.hf.calibration import calibration_ids, holds_ids, load_tokenizer
 from coterie.hf.checkpoint import Checkpoint
 from coterie.hf.experts import experts_forward, register
 from coterie.hf.layout import BankLayout, BlockLayout, block_layout
@@ -21,11 +22,14 @@ __all__ = [
     "RouterTensors",
     "Writer",
     "block_layout",
+    "calibration_ids",
     "check_expressible",
     "check_files",
     "experts_forward",
     "find_moe_blocks",
+    "holds_ids",
     "load",
+    "load_tokenizer",
     "pack",
     "recording",
     "register",

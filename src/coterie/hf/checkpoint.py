@@ -4,6 +4,7 @@ Names and forms of the tensors on disk differ from those in the model (one matri
 prefixes); transformers' own conversions are applied to the part that is loaded.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ from coterie.hf import modules
 from coterie.hf.blocks import MoEBlock, find_moe_blocks
 from coterie.hf.layout import join
 from coterie.hf.load import check_files, model_class, shards
+
+SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers asks the environment
 
 
 class Checkpoint:
@@ -107,7 +110,7 @@ class Checkpoint:
             dtype_plan=self.model._get_dtype_plan(self.model.dtype),
             weight_mapping=get_model_conversion_mapping(self.model),
         )
-        with self.stored(part) as tensors, _quiet():
+        with self.stored(part) as tensors, _one_by_one():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, load_config)
         for name, found, right in sorted(info.mismatched_keys):
             raise ValueError(f"{self.folder}: {name} has shape {list(found)}, config.json asks {list(right)}")
@@ -197,12 +200,17 @@ def _stack(blocks: list[MoEBlock]) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar, which would show once per layer."""
-    shown = logging.is_progress_bar_enabled()
+def _one_by_one() -> Iterator[None]:
+    """transformers reads a tensor when it converts it, not all in threads before; no progress bar."""
+    shown, setting = logging.is_progress_bar_enabled(), os.environ.get(SEQUENTIAL)
     logging.disable_progress_bar()
+    os.environ[SEQUENTIAL] = "1"
     try:
         yield
     finally:
         if shown:
             logging.enable_progress_bar()
+        if setting is None:
+            del os.environ[SEQUENTIAL]
+        else:
+            os.environ[SEQUENTIAL] = setting

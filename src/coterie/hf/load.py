@@ -41,6 +41,7 @@ def check_files(folder: Path | str) -> None:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; it is not a model's folder")
+    _read_json(folder / "config.json")
     for shard in shards(folder):
         if not shard.is_file():
             raise ValueError(f"{shard} is missing; {INDEX} lists it")

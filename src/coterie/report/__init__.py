@@ -4,11 +4,13 @@ from coterie.report.attraction import (
     Attracted,
     Passage,
     attracted_bytes,
+    attracted_tokens,
     attracted_words,
     load_by_layer,
     passage,
 )
 from coterie.report.comparison import Arm, compare, headline
+from coterie.report.explorer import Explorer, ExplorerLayer, write_explorer
 from coterie.report.page import Report, write_report
 from coterie.report.tables import (
     format_bytes,
@@ -22,9 +24,12 @@ from coterie.report.tables import (
 __all__ = [
     "Arm",
     "Attracted",
+    "Explorer",
+    "ExplorerLayer",
     "Passage",
     "Report",
     "attracted_bytes",
+    "attracted_tokens",
     "attracted_words",
     "compare",
     "format_bytes",
@@ -36,5 +41,6 @@ __all__ = [
     "load_by_layer",
     "passage",
     "print_table",
+    "write_explorer",
     "write_report",
 ]
