@@ -127,15 +127,9 @@ class Decoder(nn.Module):
         logits_BSV: Tensor = self.lm_head(self.norm(x_BSD))
         return logits_BSV, routings
 
-    def num_parameters(self, *, active: bool = False) -> int:
-        """Parameters, tied ones once; `active` counts of each expert bank only the top-k of E."""
-        total = sum(p.numel() for p in self.parameters())
-        if active:
-            for moe in self.modules():
-                if isinstance(moe, MoE):
-                    bank = sum(p.numel() for p in moe.experts.parameters())  # type: ignore[attr-defined]
-                    total -= bank - bank * self.config.top_k // moe.experts.num_experts
-        return total
+    def num_parameters(self) -> int:
+        """Parameters stored, tied ones once."""
+        return sum(p.numel() for p in self.parameters())
 
     def _init_weights(self) -> None:
         # Width-scaled normal, and layers that write to the residual stream scaled down by depth (GPT-2).

@@ -1,6 +1,7 @@
 """The core: routings, routers (score, then select), expert banks, the MoE layer, balance, monitors."""
 
 from coterie.nn import balance
+from coterie.nn.cost import parameters_per_expert
 from coterie.nn.experts import ConcatExperts, Experts, MLPExperts, ModuleExperts, SwiGLUExperts
 from coterie.nn.moe import Gated, MoE, SwiGLU
 from coterie.nn.monitor import Monitor, fluctuation
@@ -69,5 +70,6 @@ __all__ = [
     "ZeroCostExperts",
     "balance",
     "fluctuation",
+    "parameters_per_expert",
     "switch_router",
 ]
