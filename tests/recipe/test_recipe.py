@@ -61,7 +61,7 @@ def test_a_wrong_recipe_is_told_where_and_what_would_be_right(text, message):
 def test_an_option_of_the_command_line_is_named_as_one():
     with pytest.raises(ValueError, match=r"--router.pp: router top-p has no option 'pp'"):
         Recipe.parse("router: {name: top-p, p: 0.3}", [("router.pp", 0.4)])
-    with pytest.raises(ValueError, match="missing.yaml is no file"):
+    with pytest.raises(ValueError, match=r"missing\.yaml is no file"):
         Recipe.read("missing.yaml")
 
 

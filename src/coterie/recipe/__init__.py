@@ -12,8 +12,8 @@ A recipe is a YAML file, or options of the command line, or both (options win):
 What a section may hold are the arguments of the part that it names; `coterie train parts` lists them.
 """
 
-from coterie.recipe.compare import compare_recipes
 from coterie.recipe.build import build
+from coterie.recipe.compare import compare_recipes
 from coterie.recipe.recipe import Recipe, Training
 from coterie.recipe.systems import Method
 from coterie.recipe.train import load_trained, train_lm

@@ -14,8 +14,8 @@ import torch
 from accelerate.utils import set_seed
 
 from coterie.models import active_parameters, forward_flops
-from coterie.recipe.measure import HELDOUT_WINDOWS, routed_sample, sample
 from coterie.recipe.build import build
+from coterie.recipe.measure import HELDOUT_WINDOWS, routed_sample, sample
 from coterie.recipe.options import suggest
 from coterie.recipe.recipe import Recipe
 from coterie.recipe.train import corpora_of, provenance, train_method

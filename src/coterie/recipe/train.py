@@ -14,8 +14,8 @@ from safetensors.torch import load_model, save_model
 import coterie
 from coterie.data import ByteWindows, byte_tokenizer
 from coterie.models import Decoder, save_pretrained
-from coterie.recipe.measure import corpora, look_inside, measure_arm, sample
 from coterie.recipe.build import build, loss_of
+from coterie.recipe.measure import corpora, look_inside, measure_arm, sample
 from coterie.recipe.recipe import Recipe
 from coterie.recipe.systems import Method
 from coterie.report import Report, compare, format_duration, print_table, write_report
