@@ -5,8 +5,8 @@
 
 Every contender computes the same experts (Qwen3-MoE's) from the same routing, in turn within each round; a
 row keeps their medians. One that is ten times slower than the quickest in the first round stands with that
-time. st-moe-pytorch has experts and a gate of its own, of the same sizes, and takes part in float32 when it is
-installed; the ratio is to the best of transformers. The floor of a row is the larger of FLOPs/peak and
+time. st-moe-pytorch has experts and a gate of its own, of the same sizes, and takes part in float32 when
+it is installed; the ratio is to the best of transformers. The floor of a row is the larger of FLOPs/peak and
 bytes/bandwidth, both measured at the start of the same run.
 """
 

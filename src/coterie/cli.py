@@ -121,12 +121,13 @@ def train_lm(
     from coterie.recipe.train import train_lm as train
 
     named = {"router": router, "experts": experts, "system": system, "text": text}
-    overrides = [(key, value) for key, value in named.items() if value]
+    overrides: list[tuple[str, object]] = [(key, value) for key, value in named.items() if value]
     overrides += _part_options(context.args)
+    what: Recipe | None = None
     if recipe is not None:
         what = Recipe.read(recipe, overrides)
-    else:
-        what = None if resume and not overrides else Recipe.parse("", overrides)
+    elif overrides or not resume:
+        what = Recipe.parse("", overrides)
     report = train(what, out, resume=resume)
     if report is None:
         typer.echo(f"coterie: interrupted; go on with: coterie train lm --resume --out {out}", err=True)
