@@ -1,9 +1,12 @@
 """The core: routings, routers (score, then select), expert banks, the MoE layer, balance, monitors."""
 
 from coterie.nn import balance
+from coterie.nn.affinity import AttentionAffinity, SimilarityAffinity
+from coterie.nn.attention import AttentionHeads
 from coterie.nn.experts import ConcatExperts, Experts, MLPExperts, ModuleExperts, SwiGLUExperts
+from coterie.nn.mix_tokens import MixTokens
 from coterie.nn.moe import Gated, MoE, SwiGLU
-from coterie.nn.monitor import Monitor, fluctuation
+from coterie.nn.monitor import Monitor, StabilityTracker, fluctuation
 from coterie.nn.routers import (
     AnyRouter,
     HashRouter,
@@ -22,7 +25,6 @@ from coterie.nn.score import (
     LinearScore,
     LogitNoise,
     MaskExperts,
-    MixTokens,
     MLPScore,
     PermuteExperts,
     PreviousLogits,
@@ -33,6 +35,8 @@ from coterie.nn.zero_cost import MaskWeights, ZeroCostExperts
 
 __all__ = [
     "AnyRouter",
+    "AttentionAffinity",
+    "AttentionHeads",
     "ConcatExperts",
     "CosineScore",
     "Dense",
@@ -61,6 +65,8 @@ __all__ = [
     "Router",
     "Routing",
     "SequenceRouter",
+    "SimilarityAffinity",
+    "StabilityTracker",
     "SwiGLU",
     "SwiGLUExperts",
     "Threshold",
