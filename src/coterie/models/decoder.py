@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coterie.nn import LinearScore, MoE, Router, Routing, SwiGLU, SwiGLUExperts, TopK
+from coterie.nn import AttentionHeads, LinearScore, MoE, Router, Routing, SwiGLU, SwiGLUExperts, TopK
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,9 @@ class DecoderLayer(nn.Module):
         cache: "LayerCache | None",
         context: dict[str, Any],
     ) -> tuple[Tensor, Routing | None]:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotation, cache, context["mask"])
+        y_BSD, attention = self.self_attn(self.input_layernorm(x_BSD), rotation, cache, context["mask"])
+        x_BSD = x_BSD + y_BSD
+        context = context | {"attention": attention, "past": None if cache is None else cache.routing}
         h_BSD = self.post_attention_layernorm(x_BSD)
         if isinstance(self.mlp, MoE):
             y_BSD, routing = self.mlp(h_BSD, **{k: v for k, v in context.items() if v is not None})
@@ -196,7 +198,7 @@ class Attention(nn.Module):
         rotation: tuple[Tensor, Tensor],
         cache: "LayerCache | None",
         mask_BS: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, AttentionHeads]:
         batch, length, _ = x_BSD.shape
         q_BHSC = self.q_norm(self.q_proj(x_BSD).view(batch, length, self.heads, -1)).transpose(1, 2)
         k_BHSC = self.k_norm(self.k_proj(x_BSD).view(batch, length, self.kv_heads, -1)).transpose(1, 2)
@@ -221,7 +223,9 @@ class Attention(nn.Module):
             enable_gqa=self.heads != self.kv_heads,
         )
         y_BSD: Tensor = self.o_proj(y_BHSC.transpose(1, 2).reshape(batch, length, -1))
-        return y_BSD
+        return y_BSD, AttentionHeads(
+            q_BHSC, k_BHSC, v_BHSC, self.o_proj.weight, attend, causal=attend is None
+        )
 
 
 def rotary_angles(
@@ -243,11 +247,12 @@ def rotate(x_BHSC: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class LayerCache:
-    """Keys and values of one layer so far, [B, Hkv, S, C]."""
+    """Keys and values of one layer so far, [B, Hkv, S, C], and what its router keeps of earlier positions."""
 
     def __init__(self) -> None:
         self.k: Tensor | None = None
         self.v: Tensor | None = None
+        self.routing: dict[str, Tensor] = {}
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self.k = k if self.k is None else torch.cat((self.k, k), dim=2)

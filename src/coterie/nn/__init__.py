@@ -2,9 +2,12 @@
 
 from coterie.nn import balance
 from coterie.nn.cost import parameters_per_expert
+from coterie.nn.affinity import AttentionAffinity, SimilarityAffinity
+from coterie.nn.attention import AttentionHeads
 from coterie.nn.experts import ConcatExperts, Experts, MLPExperts, ModuleExperts, SwiGLUExperts
+from coterie.nn.mix_tokens import MixTokens
 from coterie.nn.moe import Gated, MoE, SwiGLU
-from coterie.nn.monitor import Monitor, fluctuation
+from coterie.nn.monitor import Monitor, StabilityTracker, fluctuation
 from coterie.nn.routers import (
     AnyRouter,
     HashRouter,
@@ -23,7 +26,6 @@ from coterie.nn.score import (
     LinearScore,
     LogitNoise,
     MaskExperts,
-    MixTokens,
     MLPScore,
     PermuteExperts,
     PreviousLogits,
@@ -34,6 +36,8 @@ from coterie.nn.zero_cost import MaskWeights, ZeroCostExperts
 
 __all__ = [
     "AnyRouter",
+    "AttentionAffinity",
+    "AttentionHeads",
     "ConcatExperts",
     "CosineScore",
     "Dense",
@@ -62,6 +66,8 @@ __all__ = [
     "Router",
     "Routing",
     "SequenceRouter",
+    "SimilarityAffinity",
+    "StabilityTracker",
     "SwiGLU",
     "SwiGLUExperts",
     "Threshold",

@@ -1,6 +1,6 @@
 """One training loop on Hugging Face Accelerate, with what it needs: losses, schedules, callbacks."""
 
-from coterie.train.callbacks import Callback, LossFreeBias, Run
+from coterie.train.callbacks import Callback, Every, LossFreeBias, Run
 from coterie.train.evaluate import evaluate
 from coterie.train.fit import fit
 from coterie.train.history import History
@@ -11,6 +11,7 @@ from coterie.train.schedule import cosine_with_warmup
 
 __all__ = [
     "Callback",
+    "Every",
     "History",
     "LossFn",
     "LossFreeBias",

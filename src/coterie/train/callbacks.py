@@ -1,5 +1,6 @@
 """What may happen after every optimizer step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +39,27 @@ class Callback(Protocol):
     the model, as a buffer, or follows from `run.step`."""
 
     def on_step(self, run: Run) -> None: ...
+
+
+class Every:
+    """Calls something with the model and the step after every n-th step, such as `StabilityTracker.update`.
+
+    Args:
+        steps: n.
+        call: takes the model and the number of steps done.
+
+    Raises:
+        ValueError: steps below 1.
+    """
+
+    def __init__(self, steps: int, call: Callable[[nn.Module, int], None]) -> None:
+        if steps < 1:
+            raise ValueError(f"steps={steps}; should be at least 1")
+        self.steps, self.call = steps, call
+
+    def on_step(self, run: Run) -> None:
+        if run.step % self.steps == 0:
+            self.call(run.model, run.step)
 
 
 class LossFreeBias:
