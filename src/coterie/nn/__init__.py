@@ -4,6 +4,8 @@ from coterie.nn import balance
 from coterie.nn.experts import ConcatExperts, Experts, MLPExperts, ModuleExperts, SwiGLUExperts
 from coterie.nn.moe import Gated, MoE, SwiGLU
 from coterie.nn.monitor import Monitor, fluctuation
+from coterie.nn.multi_gate import MultiGateMoE
+from coterie.nn.permutation import LearnedPermutation, PermuteLabels, permutation_entropy
 from coterie.nn.routers import (
     AnyRouter,
     HashRouter,
@@ -29,18 +31,21 @@ from coterie.nn.score import (
     RemapScores,
 )
 from coterie.nn.select import Dense, ExpertChoice, Threshold, TopK, TopP
+from coterie.nn.trees import DSelectKScore, TreeRouter, TreeScore
 from coterie.nn.zero_cost import MaskWeights, ZeroCostExperts
 
 __all__ = [
     "AnyRouter",
     "ConcatExperts",
     "CosineScore",
+    "DSelectKScore",
     "Dense",
     "ExpertChoice",
     "Experts",
     "Gated",
     "HashRouter",
     "InputJitter",
+    "LearnedPermutation",
     "LimitCapacity",
     "LinearScore",
     "LogitNoise",
@@ -53,8 +58,10 @@ __all__ = [
     "MoE",
     "ModuleExperts",
     "Monitor",
+    "MultiGateMoE",
     "NoisyTopK",
     "PermuteExperts",
+    "PermuteLabels",
     "PreviousLogits",
     "RandomRouter",
     "RemapScores",
@@ -66,8 +73,11 @@ __all__ = [
     "Threshold",
     "TopK",
     "TopP",
+    "TreeRouter",
+    "TreeScore",
     "ZeroCostExperts",
     "balance",
     "fluctuation",
+    "permutation_entropy",
     "switch_router",
 ]

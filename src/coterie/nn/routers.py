@@ -7,6 +7,7 @@ What a router may look at besides the token comes as keyword context; the keys i
     previous   the Routing of the previous MoE layer
     affinity   [B, S, S] how much each token listens to each other one
     token_ids  [T] int64
+    paths      [T, J, E] path probabilities, from `TreeRouter` to its scorer
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """One training loop on Hugging Face Accelerate, with what it needs: losses, schedules, callbacks."""
 
-from coterie.train.callbacks import Callback, LossFreeBias, Run
+from coterie.train.callbacks import Callback, LossFreeBias, PermutationSearch, Run
 from coterie.train.evaluate import evaluate
 from coterie.train.fit import fit
 from coterie.train.history import History
@@ -16,6 +16,7 @@ __all__ = [
     "LossFreeBias",
     "LossOutput",
     "PeakMemory",
+    "PermutationSearch",
     "Run",
     "adamw",
     "cosine_with_warmup",
