@@ -1,14 +1,15 @@
 """Two experiments; each arm's name says which.
 
-gate: a hidden tree of depth 3 splits R^10 into 8 regions, and each has a linear function of its own. 8000 points
-to learn from, 4000 to test on; the target is standardised, with noise of 0.1 before that. 8 experts are MLPs
-with 16 hidden units; Adam at 1e-2, 1500 batches of 256. k = 2 and γ = 1 wherever there is one. COMET+ searches
-its permutation over the first 150 steps. An expert counts as active for a sample when its weight is above 1e-5.
+gate: a hidden tree of depth 3 splits R^10 into 8 regions, and each has a linear function of its own. 8000
+points to learn from, 4000 to test on; the target is standardised, with noise of 0.1 before that. The experts
+are 8 MLPs with 16 hidden units; Adam at 1e-2, 1500 batches of 256. k = 2 and γ = 1 wherever there is one.
+COMET+ searches its permutation over the first 150 steps. An expert counts as active for a sample when its
+weight is above 1e-5.
 
 search: 8 linear experts that are right and frozen, behind a hash gate whose labels are wrong: the truth for a
 sample of bucket h is expert π(h), π unknown. Only the permutation is learned, 600 batches of 256 at 0.05, its
-temperature falling from 1 to 0.01 at 40 Sinkhorn iterations. One arm keeps the released code's temperatures, 1e-3
-to 1e-7, its 20 to 150 iterations and a learning rate of 1e-2. Errors are over the variance of the truth.
+temperature falling from 1 to 0.01 at 40 Sinkhorn iterations. One arm keeps the released code's temperatures,
+1e-3 to 1e-7, its 20 to 150 iterations and a learning rate of 1e-2. Errors are over the variance of the truth.
 
 The paper's data are recommendation logs and images, with hundreds of trials per gate; here every gate has one
 setting, the same for all.
@@ -48,10 +49,10 @@ CARD = Card(
     venue="KDD 2023",
     area="language",
     methods=("tree gate", "smooth-step", "DSelect-k", "hash routing", "permutation search", "Sinkhorn"),
-    problem="Which gate keeps every sample to k of n experts and still learns well, and can a bad assignment of "
-    "experts be rescued without tuning again?",
-    headline="Up to 13% better ROC-AUC than Top-k and Hash and up to 9% better than differentiable gates such "
-    "as DSelect-k; local search cuts the tuning budget of Top-k and Hash up to 100-fold.",
+    problem="Which gate keeps every sample to k of n experts and still learns well, and can a bad assignment "
+    "of experts be rescued without tuning again?",
+    headline="Up to 13% better ROC-AUC than Top-k and Hash and up to 9% better than differentiable gates "
+    "such as DSelect-k; local search cuts the tuning budget of Top-k and Hash up to 100-fold.",
     code="https://github.com/mazumder-lab/COMET",
 )
 SEEDS = 4
@@ -192,7 +193,7 @@ def gate_router(kind: str) -> nn.Module:
 
 
 def piecewise_linear(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x and y of 8000 training and 4000 test points: a linear teacher in each of 8 regions of a random tree."""
+    """x and y of 8000 training and 4000 test points: a linear teacher in each region of a random tree."""
     generator = torch.Generator().manual_seed(1000 + seed)
     x_TD = torch.randn(12_000, DIM, generator=generator)
     planes_SD = nn.functional.normalize(torch.randn(7, DIM, generator=generator), dim=1)
