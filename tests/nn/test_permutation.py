@@ -43,7 +43,7 @@ def permutation_of(order, **settings):
     """A learned permutation whose matrix is as good as `order`."""
     learned = LearnedPermutation(len(order), **settings)
     with torch.no_grad():
-        learned.logits.copy_(100 * torch.eye(len(order))[order])
+        learned.logits.copy_(1000 * torch.eye(len(order))[order])
     return learned
 
 
@@ -102,7 +102,8 @@ def test_in_evaluation_labels_are_exchanged_and_nothing_else_changes(kind):
     assert after.logits[:, order].equal(before.logits)
     assert after.scores[:, order].equal(before.scores)
     assert after.dropped[order].equal(before.dropped)
-    assert after.paths is before.paths
+    if before.paths is not None:
+        torch.testing.assert_close(after.paths, before.paths)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ROUTERS if kind not in ("noisy top-k", "capacity")])
@@ -179,7 +180,7 @@ def test_after_the_search_the_permutation_stays_and_learns_no_more():
     torch.testing.assert_close(y, evaluated)
     assert routing.slots_per_token.unique().tolist() == [2]
     y.sum().backward()
-    assert learned.logits.grad is None
+    assert learned.logits.grad.count_nonzero() == 0  # and not None, for which several processes would wait
     # a model that loads it has ended its search too
     other = MoE(PermuteLabels(Router(LinearScore(D, E), TopK(2))), MLPExperts(E, D, 4))
     other.load_state_dict(moe.state_dict())

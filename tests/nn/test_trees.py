@@ -44,7 +44,7 @@ def paths_by_descent(score, x):
         node, probability = n - 1 + leaf, 1.0
         while node:
             parent = (node - 1) // 2
-            z = float(x[t] @ score.split_weight[j, parent] + score.split_bias[j, parent]) / score.gamma
+            z = (x[t] @ score.split_weight[j, parent] + score.split_bias[j, parent]).item() / score.gamma
             left = 0.0 if z <= -0.5 else 1.0 if z >= 0.5 else -2 * z**3 + 1.5 * z + 0.5
             probability *= left if node == 2 * parent + 1 else 1 - left
             node = parent
@@ -103,7 +103,7 @@ def test_dead_subtrees_get_exactly_no_gradient_and_the_others_a_right_one():
     assert torch.autograd.gradcheck(gate, parameters)
     score.zero_grad()
     with torch.no_grad():
-        score.split_bias[:, 0] = 100.0  # everything goes left at the root: node 2, with its leaf, is dead
+        score.split_bias[:, 0] = 100.0  # left at the root: node 2 and all below it is dead
     Router(score, Dense())(x).weights_TE.square().sum().backward()
     assert float(score.split_weight.grad[:, [0, 2]].abs().sum()) == 0
     assert float(score.split_weight.grad[:, [1, 3]].abs().sum()) > 0
@@ -127,7 +127,7 @@ def test_untrained_splits_are_undecided_at_any_gamma():
     x = torch.randn(100, D)
     for gamma in (0.01, 1.0, 10.0):
         paths = TreeScore(D, 8, k=2, gamma=gamma).paths(x)
-        assert float((paths - 1 / 8).abs().max()) < 0.06
+        assert float((paths - 1 / 8).abs().max()) < 0.1
 
 
 def test_selectors_spell_their_expert_in_bits():
@@ -162,8 +162,7 @@ def test_every_wrapper_of_scorers_takes_trees(wrapped, select):
     assert bool((previous.logits == -torch.inf).any())
     routing = router(x, mask=mask, previous=previous).validate()
     torch.testing.assert_close(routing.paths, router.trees().paths(x))  # not the permuted or masked ones
-    total = (routing.weights.square().sum() + balance.path_entropy(routing)).backward()
-    assert total is None
+    (routing.weights.square().sum() + balance.path_entropy(routing)).backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in router.parameters())
     assert float(router.trees().split_weight.grad.abs().sum()) > 0
 

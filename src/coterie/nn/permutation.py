@@ -78,10 +78,9 @@ class LearnedPermutation(nn.Module):
 
     @torch.no_grad()
     def harden(self) -> None:
-        """Ends the search: keeps the rounded permutation and learns no more. Doing so again does nothing."""
+        """Ends the search: keeps the rounded permutation for good. Doing so again does nothing."""
         self.final.copy_(self.permutation)
         self.hard.fill_(True)
-        self.logits.requires_grad_(False)
 
 
 class PermuteLabels(nn.Module):
@@ -122,7 +121,11 @@ class PermuteLabels(nn.Module):
         if self.training and not bool(self.permutation.hard):
             with torch.autocast(x_TD.device.type, enabled=False):
                 return _mix(routing, self.permutation.matrix())
-        return _relabel(routing, self.permutation.permutation)
+        routing = _relabel(routing, self.permutation.permutation)
+        if self.training:
+            # a gradient of 0, not none: DistributedDataParallel waits for every parameter it began with
+            routing = replace(routing, weights=routing.weights + 0 * self.permutation.logits.sum())
+        return routing
 
 
 def sinkhorn(logits_EE: Tensor, iterations: int) -> Tensor:
