@@ -63,7 +63,8 @@ class TreeRouter(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             paths_TJE = trees.paths(x_TD)
         # computed once: wrappers hand the context down to the trees
-        return replace(self.router(x_TD, paths=paths_TJE, **context), paths=paths_TJE)
+        routing: Routing = self.router(x_TD, paths=paths_TJE, **context)
+        return replace(routing, paths=paths_TJE)
 
 
 class TreeScore(nn.Module):
@@ -168,7 +169,7 @@ class DSelectKScore(nn.Module):
         """[T, J, E]: the probability that selector j chooses expert i."""
         set_TJM = smooth_step(_linear(wide(x_TD), self.bit_weight, self.bit_bias), self.gamma)
         paths = torch.ones_like(set_TJM[..., :1])
-        for bit in set_TJM.split(1, dim=-1):  # most significant bit first
+        for bit in set_TJM.unsqueeze(-1).unbind(-2):  # most significant bit first
             paths = torch.stack((paths * (1 - bit), paths * bit), dim=-1).flatten(-2)
         return paths
 

@@ -12,7 +12,8 @@ temperature falling from 1 to 0.01 at 40 Sinkhorn iterations. One arm keeps the 
 1e-3 to 1e-7, its 20 to 150 iterations and a learning rate of 1e-2. Errors are over the variance of the truth.
 
 The paper's data are recommendation logs and images, with hundreds of trials per gate; here every gate has one
-setting, the same for all.
+setting, the same for all. In `gate`, COMET+ has little to gain: there is one gate, over experts that all
+start alike, and it spends its first steps on every expert at once. Where labels matter, `search` shows it.
 """
 
 from functools import partial
@@ -24,6 +25,7 @@ from torch.utils.data import TensorDataset
 
 from coterie.language.comet_trees import permutation_loss, routing_loss
 from coterie.nn import (
+    AnyRouter,
     Dense,
     DSelectKScore,
     HashRouter,
@@ -180,7 +182,7 @@ PLOTS = [
 ]
 
 
-def gate_router(kind: str) -> nn.Module:
+def gate_router(kind: str) -> AnyRouter:
     """The router of an arm, over the eight experts."""
     if kind == "top-k":
         return Router(LinearScore(DIM, EXPERTS, bias=True), TopK(K))
