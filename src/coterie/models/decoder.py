@@ -133,8 +133,16 @@ class Decoder(nn.Module):
 
     def _init_weights(self) -> None:
         # Width-scaled normal, and layers that write to the residual stream scaled down by depth (GPT-2).
+        # A module that `keeps_init` needs its own start, such as a tree that is to begin undecided.
+        kept = {
+            id(p)
+            for m in self.modules()
+            if getattr(m, "keeps_init", False)
+            for p in m.parameters(recurse=False)
+        }
         for name, p in self.named_parameters():
-            if p.dim() < 2 or not bool(p.any()):  # a matrix that its module starts at zero stays there
+            # a matrix that its module starts at zero stays there
+            if p.dim() < 2 or id(p) in kept or not bool(p.any()):
                 continue
             std = 0.02 if "embed" in name else p.shape[-1] ** -0.5
             if "o_proj" in name or "down_proj" in name:

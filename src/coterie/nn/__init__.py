@@ -8,6 +8,9 @@ from coterie.nn.experts import ConcatExperts, Experts, MLPExperts, ModuleExperts
 from coterie.nn.mix_tokens import MixTokens
 from coterie.nn.moe import Gated, MoE, SwiGLU
 from coterie.nn.monitor import Monitor, StabilityTracker, fluctuation
+from coterie.nn.monitor import Monitor, fluctuation
+from coterie.nn.multi_gate import MultiGateMoE
+from coterie.nn.permutation import LearnedPermutation, PermuteLabels, permutation_entropy
 from coterie.nn.routers import (
     AnyRouter,
     HashRouter,
@@ -32,6 +35,7 @@ from coterie.nn.score import (
     RemapScores,
 )
 from coterie.nn.select import Dense, ExpertChoice, Threshold, TopK, TopP
+from coterie.nn.trees import DSelectKScore, TreeRouter, TreeScore
 from coterie.nn.zero_cost import MaskWeights, ZeroCostExperts
 
 __all__ = [
@@ -40,12 +44,14 @@ __all__ = [
     "AttentionHeads",
     "ConcatExperts",
     "CosineScore",
+    "DSelectKScore",
     "Dense",
     "ExpertChoice",
     "Experts",
     "Gated",
     "HashRouter",
     "InputJitter",
+    "LearnedPermutation",
     "LimitCapacity",
     "LinearScore",
     "LogitNoise",
@@ -58,8 +64,10 @@ __all__ = [
     "MoE",
     "ModuleExperts",
     "Monitor",
+    "MultiGateMoE",
     "NoisyTopK",
     "PermuteExperts",
+    "PermuteLabels",
     "PreviousLogits",
     "RandomRouter",
     "RemapScores",
@@ -73,9 +81,12 @@ __all__ = [
     "Threshold",
     "TopK",
     "TopP",
+    "TreeRouter",
+    "TreeScore",
     "ZeroCostExperts",
     "balance",
     "fluctuation",
     "parameters_per_expert",
+    "permutation_entropy",
     "switch_router",
 ]

@@ -50,17 +50,20 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, **context: Any) -> tuple[Tensor, Routing]:
         shape = x.shape[:-1]
-        flat = {key: self._flatten(value, shape) for key, value in context.items()}
         x_TD = x.reshape(-1, x.shape[-1])
-        routing = self.router(x_TD, shape=shape, **flat)
+        routing = self.router(x_TD, shape=shape, **flatten_context(context, shape))
         y_TD = self.experts(x_TD, routing)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.view(*shape, y_TD.shape[-1]), routing
 
-    @staticmethod
-    def _flatten(value: Any, shape: torch.Size) -> Any:
-        return value.reshape(-1) if isinstance(value, Tensor) and value.shape == shape else value
+
+def flatten_context(context: dict[str, Any], shape: torch.Size) -> dict[str, Any]:
+    """The context with every tensor of the tokens' leading shape flattened to [T]."""
+    return {
+        key: value.reshape(-1) if isinstance(value, Tensor) and value.shape == shape else value
+        for key, value in context.items()
+    }
 
 
 class SwiGLU(nn.Module):

@@ -10,6 +10,7 @@ What a router may look at besides the token comes as keyword context; the keys i
     affinity   [B, S, S] how much each token listens to each other one
     attention  `AttentionHeads` of the layer: its attention probabilities, computed only if a router asks
     past       dict in which a router keeps tensors of earlier positions; given when decoding with a cache
+    paths      [T, J, E] path probabilities, from `TreeRouter` to its scorer
 """
 
 from collections.abc import Callable

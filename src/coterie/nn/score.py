@@ -180,7 +180,9 @@ class PreviousLogits(_Wrapper):
                 f"the previous layer routed over {previous.num_experts} experts but this scorer maps "
                 f"{self.weight.shape[1]}; give previous_experts={previous.num_experts}"
             )
-        return logits_TE + F.linear(previous.logits.to(logits_TE), self.weight.to(logits_TE))
+        # an expert that could not be chosen says nothing; its -inf times a weight would be NaN
+        previous_TE = previous.logits.masked_fill(previous.logits == -torch.inf, 0)
+        return logits_TE + F.linear(previous_TE.to(logits_TE), self.weight.to(logits_TE))
 
 
 class PermuteExperts(_Wrapper):
@@ -232,6 +234,9 @@ class RemapScores(_Wrapper):
 class MaskExperts(_Wrapper):
     """Keeps the router from choosing some experts: their logits become -inf before selection.
 
+    A token for which the inner scorer itself leaves no other expert (a certain tree) goes to all allowed ones
+    alike.
+
     Args:
         score: the inner scorer.
         allowed: bool [E], at least one True.
@@ -249,7 +254,9 @@ class MaskExperts(_Wrapper):
         self.register_buffer("allowed", allowed.bool())
 
     def forward(self, x_TD: Tensor, **context: Any) -> Tensor:
-        return self.score(x_TD, **context).masked_fill(~self.allowed, -torch.inf)
+        logits_TE = self.score(x_TD, **context).masked_fill(~self.allowed, -torch.inf)
+        stranded_T1 = (logits_TE == -torch.inf).all(-1, keepdim=True)
+        return logits_TE.masked_fill(stranded_T1 & self.allowed, 0)
 
 
 def wide(x: Tensor) -> Tensor:
