@@ -2,7 +2,7 @@
 
 from coterie.nn import balance
 from coterie.nn.experts import ConcatExperts, Experts, MLPExperts, ModuleExperts, SwiGLUExperts
-from coterie.nn.moe import Gated, MoE, SwiGLU
+from coterie.nn.moe import MLP, Gated, MoE, SwiGLU
 from coterie.nn.monitor import Monitor, fluctuation
 from coterie.nn.routers import (
     AnyRouter,
@@ -32,6 +32,7 @@ from coterie.nn.select import Dense, ExpertChoice, Threshold, TopK, TopP
 from coterie.nn.zero_cost import MaskWeights, ZeroCostExperts
 
 __all__ = [
+    "MLP",
     "AnyRouter",
     "ConcatExperts",
     "CosineScore",
