@@ -33,7 +33,7 @@ def tie_depth(layers: Iterable[nn.Module], names: Sequence[str]) -> None:
     >>> model.layers[0].mlp is model.layers[2].mlp
     True
     >>> count_parameters(model), count_parameters(model, unique=False)
-    (3280, 7984)
+    (3232, 8672)
     """
     first, *others = layers
     for name in names:
@@ -74,7 +74,7 @@ def count_parameters(model: nn.Module, *, unique: bool = True) -> int:
 
 
 def _module(layer: nn.Module, depth: int, name: str) -> nn.Module:
-    modules = dict(layer.named_modules(remove_duplicate=False))
+    modules: dict[str, nn.Module] = dict(layer.named_modules(remove_duplicate=False))
     if not name or name not in modules:
         children = ", ".join(child for child, _ in layer.named_children())
         raise ValueError(f"layer {depth} has no module {name!r}; it has {children}")

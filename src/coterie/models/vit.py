@@ -118,4 +118,6 @@ class ViT(nn.Module):
         x_BND = self.patch_embed(images).flatten(2).transpose(1, 2)
         if self.class_token is not None:
             x_BND = torch.cat([self.class_token.expand(len(images), 1, -1), x_BND], dim=1)
-        return self.encoder(self.dropout(x_BND + self.positions.weight))
+        x_BND = self.dropout(x_BND + self.positions.weight)
+        encoded: tuple[Tensor, list[Routing]] = self.encoder(x_BND)
+        return encoded
