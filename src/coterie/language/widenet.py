@@ -47,14 +47,33 @@ def widenet_vit(
     >>> count_parameters(eight) - count_parameters(four) == 4 * 4 * 24
     True
     """
-
-    def make(layer: int) -> nn.Module:
-        bank = MLPExperts(num_experts, config.dim, config.hidden, activation="gelu_tanh")
-        return widenet_moe(bank, config.dim, top_k=top_k, capacity_factor=capacity_factor)
-
+    make = make_vit_ffn(config, num_experts=num_experts, top_k=top_k, capacity_factor=capacity_factor)
     model = ViT(config, make)
     tie_depth(model.layers, SHARED)
     return model
+
+
+def make_vit_ffn(
+    config: ViTConfig, *, num_experts: int = 4, top_k: int = 2, capacity_factor: float | None = 1.2
+) -> Callable[[int], nn.Module]:
+    """WideNet's layers for the vision transformer, one per depth: `tie_depth` makes them one.
+
+    Experts start Glorot-uniform, as in the authors' code, and have the tanh approximation of GELU.
+
+    Args:
+        config, num_experts, top_k, capacity_factor: as in `widenet_vit`.
+
+    >>> config = ViTConfig((8, 8), patch=2, classes=10, dim=24, layers=4, heads=4, hidden=48, channels=1)
+    >>> untied = ViT(config, make_vit_ffn(config, num_experts=8))
+    """
+
+    def make(layer: int) -> nn.Module:
+        bank = MLPExperts(num_experts, config.dim, config.hidden, activation="gelu_tanh")
+        for matrix in (*bank.up_proj.detach(), *bank.down_proj.detach()):
+            nn.init.xavier_uniform_(matrix)
+        return widenet_moe(bank, config.dim, top_k=top_k, capacity_factor=capacity_factor)
+
+    return make
 
 
 def widenet_decoder(config: DecoderConfig, *, capacity_factor: float | None = 1.2) -> Decoder:

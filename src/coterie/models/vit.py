@@ -93,8 +93,9 @@ class ViT(nn.Module):
         self.representation = nn.Sequential(nn.Linear(c.dim, c.dim), nn.Tanh()) if c.representation else None
         self.head = nn.Linear(c.dim, c.classes)
         nn.init.normal_(self.positions.weight, std=0.02)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        for own in (self.patch_embed, self.head):
+            nn.init.xavier_uniform_(own.weight)
+            nn.init.zeros_(own.bias)
 
     @property
     def layers(self) -> nn.ModuleList:

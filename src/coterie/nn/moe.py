@@ -106,6 +106,9 @@ class MLP(nn.Module):
         self.activation = activation
         self.up_proj = nn.Linear(dim, hidden)
         self.down_proj = nn.Linear(hidden, dim)
+        for projection in (self.up_proj, self.down_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(get_activation(self.activation)(self.up_proj(x)))

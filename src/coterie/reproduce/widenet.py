@@ -2,8 +2,9 @@
 
 The 1797 digits of 8 × 8 pixels that scikit-learn brings along, in patches of 2 × 2; per seed a random 1000
 to train on and 600 to test. Four layers, 24 wide with four heads, feed-forward networks and experts 48 wide,
-mean pooling; 220 steps of 64 images, AdamW at 5e-3 with a third of the steps to warm up and a cosine down
-to 0. Four experts, of which a token uses two; balance weight 0.01 per depth; no capacity.
+mean pooling; 470 steps of 64 images, 30 epochs, each image moved by up to a pixel in each direction; AdamW
+at 5e-3 with a third of the steps to warm up and a cosine down to 0. Four experts, of which a token uses two;
+balance weight 0.01 per depth; no capacity.
 
 One layer at all depths: "albert" shares the norms too, "albert-private-norms" has norms per depth, "widenet"
 has experts besides, "widenet-shared-norms" is that without norms per depth. Layers of their own: "vit" and
@@ -11,7 +12,11 @@ has experts besides, "widenet-shared-norms" is that without norms per depth. Lay
 
 The paper trains on ImageNet, where its ViT with experts overfits and private norms pay. Neither can be
 expected of 1000 images and four layers, and neither is claimed: both are in the table. A full run has eight
-layers and 600 steps.
+layers and 1400 steps.
+
+The first plan was 14 epochs of images that stand still; then 1000 images are what all arms lack, more than
+parameters. The paper moves its images too. The change was made on seeds 10 to 12; the claims and their
+margins are those of the first plan.
 """
 
 from functools import partial
@@ -19,12 +24,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from coterie.data import digits, read_digits
-from coterie.language.widenet import SHARED, routing_loss, widenet_moe
+from coterie.language.widenet import SHARED, make_vit_ffn, routing_loss
 from coterie.models import ViT, ViTConfig, count_parameters, tie_depth, tied_modules
-from coterie.nn import MLPExperts, MoE, Monitor, fluctuation
+from coterie.nn import MoE, Monitor, fluctuation
 from coterie.reproduce import Budget, Card, Claim, Plot, Values, train
 from coterie.reproduce.claims import Numbers
 from coterie.train import classification_loss
@@ -52,7 +58,7 @@ CARD = Card(
 NORMS = ("norm1", "norm2")
 TRAIN, TEST, PATCH, PATCHES, EXPERTS, TOP_K = 1000, 600, 2, 16, 4, 2
 LAYERS = {"smoke": 4, "standard": 4, "full": 8}
-STEPS = {"smoke": 3, "standard": 220, "full": 600}
+STEPS = {"smoke": 3, "standard": 470, "full": 1400}
 
 
 def run(seed: int, budget: Budget, data: Any, *, experts: bool, shared: tuple[str, ...] = ()) -> Values:
@@ -65,12 +71,13 @@ def run(seed: int, budget: Budget, data: Any, *, experts: bool, shared: tuple[st
         (8, 8), PATCH, classes=10, dim=24, layers=LAYERS[budget], heads=4, hidden=48, channels=1
     )
     torch.manual_seed(seed)
-    model = ViT(config, partial(_moe, config) if experts else None)
+    make_ffn = make_vit_ffn(config, num_experts=EXPERTS, top_k=TOP_K, capacity_factor=None)
+    model = ViT(config, make_ffn if experts else None)
     tie_depth(model.layers, shared)
     steps = STEPS[budget]
     history = train(
         model,
-        TensorDataset(images[training], labels[training]),
+        Shifted(images[training], labels[training]),
         loss=classification_loss(routing_loss),
         steps=steps,
         batch_size=64,
@@ -165,9 +172,18 @@ PLOTS = [
 ]
 
 
-def _moe(config: ViTConfig, layer: int) -> Any:
-    bank = MLPExperts(EXPERTS, config.dim, config.hidden, activation="gelu_tanh")
-    return widenet_moe(bank, config.dim, top_k=TOP_K, capacity_factor=None)
+class Shifted(Dataset[tuple[Tensor, Tensor]]):
+    """Labelled images, each time moved by up to a pixel in each direction; what comes in is background."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.padded, self.labels = F.pad(images, (1, 1, 1, 1), value=-1.0), labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        down, right = torch.randint(3, (2,)).tolist()
+        return self.padded[i, :, down : down + 8, right : right + 8], self.labels[i]
 
 
 @torch.no_grad()
