@@ -14,10 +14,10 @@ def test_a_file_of_digits_becomes_images_row_by_row(tmp_path):
     ramp = [(row + column) for row in range(8) for column in range(8)]
     (tmp_path / "some.tes").write_text("\n".join([line(ramp, 3), line([16] * 64, 9)]))
     images, labels = read_digits(tmp_path / "some.tes")
-    assert images.shape == (2, 1, 8, 8)
+    assert images.shape == (2, 8, 8)
     assert images.dtype == torch.float32
     assert labels.tolist() == [3, 9]
-    assert images[0, 0, 2, 5].item() == 7 / 16
+    assert images[0, 2, 5].item() == 7 / 16
     assert bool((images[1] == 1).all())
 
 
@@ -39,7 +39,7 @@ def test_another_file_is_refused_with_what_was_found(text, message, tmp_path):
 def test_scikit_learns_digits_are_whole():
     pytest.importorskip("sklearn", reason="scikit-learn, which brings the digits, is not installed")
     images, labels = digits()
-    assert images.shape == (1797, 1, 8, 8)
+    assert images.shape == (1797, 8, 8)
     assert (float(images.min()), float(images.max())) == (0, 1)
     assert labels[:10].tolist() == list(range(10))
     assert int(labels.bincount().min()) > 170

@@ -13,7 +13,7 @@ LabelledImages = tuple[Tensor, Tensor]
 def digits() -> LabelledImages:
     """The 1797 handwritten digits that scikit-learn brings along.
 
-    Returns: images [1797, 1, 8, 8], float32 in 0 … 1 (seventeen levels of grey), and labels [1797], int64 in
+    Returns: images [1797, 8, 8], float32 in 0 … 1 (seventeen levels of grey), and labels [1797], int64 in
     0 … 9.
 
     Raises:
@@ -60,5 +60,5 @@ def read_digits(file: str | Path) -> LabelledImages:
 
 
 def _images(pixels: "np.ndarray", labels: "np.ndarray") -> LabelledImages:
-    images = torch.from_numpy(pixels).float().div(16).view(-1, 1, 8, 8)
+    images = torch.from_numpy(pixels).float().div(16).view(-1, 8, 8)
     return images, torch.from_numpy(labels).long()

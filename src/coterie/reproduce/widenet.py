@@ -66,7 +66,7 @@ def run(seed: int, budget: Budget, data: Any, *, experts: bool, shared: tuple[st
     images, labels = digits() if data is None else data
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     training, test = order[:TRAIN], order[TRAIN : TRAIN + TEST]
-    images = images * 2 - 1
+    images = images.unsqueeze(1) * 2 - 1
     config = ViTConfig(
         (8, 8), PATCH, classes=10, dim=24, layers=LAYERS[budget], heads=4, hidden=48, channels=1
     )
