@@ -20,7 +20,7 @@ from coterie.models import (
     save_weights,
 )
 from coterie.nn import MLPExperts, Monitor, balance
-from coterie.reproduce.widenet import read_data
+from coterie.reproduce.widenet import Shifted, read_data
 from coterie.train import classification_loss, fit, language_model_loss
 
 DIM = 24
@@ -199,6 +199,19 @@ def test_a_checkpoint_of_another_depth_is_refused_by_the_norms_it_lacks(tmp_path
 def test_what_does_not_fit_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_the_experiment_moves_an_image_by_up_to_a_pixel_over_background():
+    image = torch.full((1, 8, 8), -1.0)
+    image[0, 0, 3] = 1.0
+    shifted = Shifted(image.unsqueeze(0), torch.tensor([7]))
+    places = set()
+    for _ in range(200):
+        moved, label = shifted[0]
+        assert (moved.shape, int(label)) == ((1, 8, 8), 7)
+        places.update(map(tuple, (moved[0] == 1).nonzero().tolist()))
+        assert int((moved == -1).sum()) >= 63
+    assert places == {(row, column) for row in (0, 1) for column in (2, 3, 4)}
 
 
 def test_the_experiment_reads_enough_digits_or_says_how_many_it_needs(tmp_path):

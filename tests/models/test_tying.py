@@ -109,6 +109,28 @@ def test_of_nested_shared_modules_the_outermost_is_named_and_groups_of_layers_ar
     assert tied_modules(vit(1).layers) == []
 
 
+def test_a_stack_of_transformers_is_tied_but_for_what_knows_its_depth():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).eval()
+    layers, before = model.model.layers, count_parameters(model)
+    with pytest.raises(ValueError, match=r"self_attn of layer 1 .* layer_idx = 1 there, layer_idx = 0 in"):
+        tie_depth(layers, ["self_attn"])
+    names = [*(f"self_attn.{x}_proj" for x in "qkvo"), "mlp"]
+    tie_depth(layers, names)
+    assert before - count_parameters(model) == 2 * (16 * 16 + 2 * 8 * 16 + 16 * 16 + 3 * 16 * 24)
+    prompt = torch.tensor([[1, 2, 3]])
+    cached, slow = (
+        model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, use_cache=use_cache)
+        for use_cache in (True, False)
+    )
+    assert cached.tolist() == slow.tolist()
+
+
 @pytest.mark.parametrize(
     ("change", "names", "message"),
     [

@@ -24,6 +24,7 @@ def tie_depth(layers: Iterable[nn.Module], names: Sequence[str]) -> None:
     Raises:
         ValueError: a layer lacks such a module, or has it with other tensors or settings (another number of
             experts, another k) than the first, which one object cannot be. The layers are then as they were.
+            Attention in transformers knows its layer's index, for its cache: there, name its projections.
 
     Source: Lan et al. 2019 (ALBERT), section 3.1; with private norms, Xue et al. 2021 (WideNet), section 3.
 
