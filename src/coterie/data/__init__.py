@@ -1,7 +1,8 @@
-"""Text as bytes: find it, split it, read it in windows, order it in batches."""
+"""Text as bytes: find it, split it, read it in windows, order it in batches. Small images."""
 
 from coterie.data.batches import ShuffledBatches
 from coterie.data.files import Span, find_text, split_by_file, stdlib_sources
+from coterie.data.images import digits, read_digits
 from coterie.data.text import ByteCorpus, ByteWindows
 from coterie.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, byte_tokenizer
 
@@ -13,7 +14,9 @@ __all__ = [
     "ShuffledBatches",
     "Span",
     "byte_tokenizer",
+    "digits",
     "find_text",
+    "read_digits",
     "split_by_file",
     "stdlib_sources",
 ]

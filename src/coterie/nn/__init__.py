@@ -8,6 +8,7 @@ from coterie.nn.experts import ConcatExperts, Experts, MLPExperts, ModuleExperts
 from coterie.nn.mix_tokens import MixTokens
 from coterie.nn.moe import Gated, MoE, SwiGLU
 from coterie.nn.monitor import Monitor, StabilityTracker, fluctuation
+from coterie.nn.moe import MLP, Gated, MoE, SwiGLU
 from coterie.nn.monitor import Monitor, fluctuation
 from coterie.nn.multi_gate import MultiGateMoE
 from coterie.nn.permutation import LearnedPermutation, PermuteLabels, permutation_entropy
@@ -39,6 +40,7 @@ from coterie.nn.trees import DSelectKScore, TreeRouter, TreeScore
 from coterie.nn.zero_cost import MaskWeights, ZeroCostExperts
 
 __all__ = [
+    "MLP",
     "AnyRouter",
     "AttentionAffinity",
     "AttentionHeads",

@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer, and the dense feed-forward network it stands beside."""
+"""The mixture-of-experts layer, and the dense feed-forward networks it stands beside."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from coterie.kernels.activations import get_activation
 from coterie.nn.experts import Experts
 from coterie.nn.routers import AnyRouter
 from coterie.nn.routing import Routing
@@ -87,6 +88,33 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class MLP(nn.Module):
+    """The dense two-layer feed-forward network: down(act(up(x))), with biases.
+
+    Args:
+        dim: D.
+        hidden: F.
+        activation: a name in `coterie.kernels.ACTIVATIONS`.
+
+    >>> MLP(8, 16)(torch.randn(5, 8)).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(self, dim: int, hidden: int, *, activation: str = "gelu") -> None:
+        super().__init__()
+        get_activation(activation)
+        self.activation = activation
+        self.up_proj = nn.Linear(dim, hidden)
+        self.down_proj = nn.Linear(hidden, dim)
+        for projection in (self.up_proj, self.down_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(get_activation(self.activation)(self.up_proj(x)))
         return y
 
 

@@ -5,7 +5,7 @@ from coterie.train.callbacks import Callback, LossFreeBias, PermutationSearch, R
 from coterie.train.evaluate import evaluate
 from coterie.train.fit import fit
 from coterie.train.history import History
-from coterie.train.losses import LossFn, LossOutput, language_model_loss
+from coterie.train.losses import LossFn, LossOutput, classification_loss, language_model_loss
 from coterie.train.memory import PeakMemory
 from coterie.train.optimizer import adamw, weight_decay_groups
 from coterie.train.schedule import cosine_with_warmup
@@ -21,6 +21,7 @@ __all__ = [
     "PermutationSearch",
     "Run",
     "adamw",
+    "classification_loss",
     "cosine_with_warmup",
     "evaluate",
     "fit",

@@ -82,3 +82,39 @@ def language_model_loss(
         return LossOutput(loss, cross_entropy.detach(), targets.numel(), list(routings), metrics)
 
     return loss_fn
+
+
+def classification_loss(
+    penalty: Callable[[list[Routing]], Tensor] | None = None, *, label_smoothing: float = 0.0
+) -> LossFn:
+    """Cross-entropy of the right class, plus a penalty on the routings of a model with experts.
+
+    Args:
+        penalty: a loss on the model's routings, with its weight: `lambda r: 0.01 * load_balance(r)`. A model
+            without experts has none.
+        label_smoothing: share of the target spread over all classes, in the loss only.
+
+    Returns: a loss function for a model that maps inputs to (logits [B, V], list of routings), and batches
+    (inputs, labels [B]). Its metric is "accuracy", its `tokens` are items.
+
+    >>> from coterie.models import ViT, ViTConfig
+    >>> model = ViT(ViTConfig((8, 8), patch=4, classes=5, dim=8, layers=1, heads=2, hidden=8))
+    >>> output = classification_loss()(model, (torch.rand(6, 3, 8, 8), torch.arange(6) % 5))
+    >>> output.tokens, round(output.cross_entropy.item(), 2), list(output.metrics)
+    (6, 1.61, ['accuracy'])
+    """
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> LossOutput:
+        inputs, labels_B = batch
+        logits_BV, routings = model(inputs)
+        logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+        cross_entropy = F.cross_entropy(logits_BV, labels_B)
+        loss = cross_entropy
+        if label_smoothing:
+            loss = F.cross_entropy(logits_BV, labels_B, label_smoothing=label_smoothing)
+        if penalty is not None and routings:
+            loss = loss + penalty(list(routings))
+        accuracy = (logits_BV.argmax(-1) == labels_B).double().mean()
+        return LossOutput(loss, cross_entropy.detach(), len(labels_B), list(routings), {"accuracy": accuracy})
+
+    return loss_fn
