@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from coterie.models.decoder import Decoder, DecoderConfig
-from coterie.nn import LinearScore, MoE, Router, SwiGLUExperts, TopK
+from coterie.nn import LinearScore, MoE, PlainResidual, Router, SwiGLUExperts, TopK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,12 +26,12 @@ def save_pretrained(model: Decoder, folder: str | Path, tokenizer: Any = None) -
     """Writes a Hugging Face checkpoint (config, safetensors, tokenizer if given).
 
     Args:
-        model: a decoder with its default feed-forward parts.
+        model: a decoder with its default feed-forward parts and residuals.
         folder: must not exist, be empty, or hold an earlier checkpoint (which is replaced).
         tokenizer: a transformers tokenizer saved beside the weights.
 
-    Raises ValueError when the model holds a router or bank that Qwen3-MoE cannot express, or the folder
-    holds something else. The checkpoint appears whole or not at all.
+    Raises ValueError when the model holds a router, bank or residual that Qwen3-MoE cannot express, or the
+    folder holds something else. The checkpoint appears whole or not at all.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -77,6 +77,7 @@ def to_transformers(model: Decoder) -> "PreTrainedModel":
     c = model.config
     for i, layer in enumerate(model.layers):
         _check_expressible(i, layer.mlp, c)
+        _check_residual(i, layer.residual)
     sizes: dict[str, Any] = {
         "vocab_size": c.vocab_size,
         "hidden_size": c.dim,
@@ -181,6 +182,14 @@ def _check_expressible(i: int, ffn: Any, c: DecoderConfig) -> None:
             f"layer {i} cannot be written as Qwen3-MoE, which knows only Router(LinearScore, TopK) over "
             f"SwiGLUExperts as in the decoder's config; found {type(router).__name__} over "
             f"{type(bank).__name__}. Save its state_dict with safetensors instead"
+        )
+
+
+def _check_residual(i: int, residual: Any) -> None:
+    if type(residual) is not PlainResidual:
+        raise ValueError(
+            f"layer {i} cannot be written as Qwen3, whose layers are added; found {type(residual).__name__}. "
+            "Save its state_dict with safetensors instead"
         )
 
 

@@ -1,6 +1,14 @@
 """The core: routings, routers (score, then select), expert banks, the MoE layer, balance, monitors."""
 
 from coterie.nn import balance
+from coterie.nn.depth import (
+    AdamResidual,
+    DepthState,
+    MomentumResidual,
+    PlainResidual,
+    Residual,
+    robust_momentum,
+)
 from coterie.nn.experts import ConcatExperts, Experts, MLPExperts, ModuleExperts, SwiGLUExperts
 from coterie.nn.moe import Gated, MoE, SwiGLU
 from coterie.nn.monitor import Monitor, fluctuation
@@ -29,13 +37,16 @@ from coterie.nn.score import (
     RemapScores,
 )
 from coterie.nn.select import Dense, ExpertChoice, Threshold, TopK, TopP
+from coterie.nn.spectrum import curvatures, spectral_radius, stability_limit
 from coterie.nn.zero_cost import MaskWeights, ZeroCostExperts
 
 __all__ = [
+    "AdamResidual",
     "AnyRouter",
     "ConcatExperts",
     "CosineScore",
     "Dense",
+    "DepthState",
     "ExpertChoice",
     "Experts",
     "Gated",
@@ -52,12 +63,15 @@ __all__ = [
     "MixTokens",
     "MoE",
     "ModuleExperts",
+    "MomentumResidual",
     "Monitor",
     "NoisyTopK",
     "PermuteExperts",
+    "PlainResidual",
     "PreviousLogits",
     "RandomRouter",
     "RemapScores",
+    "Residual",
     "Router",
     "Routing",
     "SequenceRouter",
@@ -68,6 +82,10 @@ __all__ = [
     "TopP",
     "ZeroCostExperts",
     "balance",
+    "curvatures",
     "fluctuation",
+    "robust_momentum",
+    "spectral_radius",
+    "stability_limit",
     "switch_router",
 ]
