@@ -54,10 +54,9 @@ def corrupt_images(
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not known; use one of {', '.join(KINDS)}")
-    if level < 0 or (level > 1 and kind != "gaussian"):
-        raise ValueError(
-            f"level={level} of {kind}; should be at least 0" + ", at most 1" * (kind != "gaussian")
-        )
+    most = float("inf") if kind == "gaussian" else 1
+    if not 0 <= level <= most:
+        raise ValueError(f"level={level}; for {kind} it should lie in 0 ≤ level ≤ {most}")
     if kind == "contrast":
         return 0.5 + (1 - level) * (images - 0.5)
     if kind == "gaussian":

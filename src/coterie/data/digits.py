@@ -47,10 +47,9 @@ def drawn_digits(num: int, seed: int) -> tuple[Tensor, Tensor]:
     turn = np.stack([[np.cos(angle), shear - np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     points = np.einsum("xyn,npy->npx", turn, points * size[:, None]) + rng.normal(0, 0.03, (num, 1, 2))
     width, ink = rng.uniform(0.02, 0.08, num), rng.uniform(0.8, 1.0, num)
-    pixels = (
-        np.stack(np.meshgrid(*2 * [np.arange(SIDE)]), -1) + 0.5
-    ) / SIDE - 0.5  # [SIDE, SIDE, 2], x first
-    apart = pixels.reshape(1, -1, 1, 2) - points[:, None]
+    centres = (np.arange(SIDE) + 0.5) / SIDE - 0.5
+    pixels = np.stack(np.meshgrid(centres, centres), axis=-1).reshape(-1, 1, 2)  # row by row, x before y
+    apart = pixels - points[:, None]
     distance = np.sqrt((apart**2).sum(-1).min(-1))
     images = ink[:, None] * np.clip(1 - (distance - width[:, None]) * SIDE, 0, 1)
     return torch.from_numpy(images).float().view(num, SIDE, SIDE), torch.from_numpy(digits)

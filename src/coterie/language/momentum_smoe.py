@@ -40,10 +40,10 @@ def make_ffn(config: DecoderConfig, *, every: int = 1) -> Callable[[int], nn.Mod
 
     >>> config = DecoderConfig(257, dim=32, layers=4, heads=2, kv_heads=1, head_dim=16, hidden=64,
     ...                        num_experts=4, expert_hidden=32)
-    >>> residual = make_residual(config, ["momentum", "smoe"] * 2)
+    >>> residual = make_residual(4, ["momentum", "smoe"] * 2)
     >>> model = Decoder(config, make_ffn(config, every=2), residual)
-    >>> len(model(torch.randint(257, (3, 10)))[1])
-    2
+    >>> [type(layer.residual).__name__ for layer in model.layers]
+    ['MomentumResidual', 'PlainResidual', 'MomentumResidual', 'PlainResidual']
     """
     if every < 1:
         raise ValueError(f"every={every}; should be at least 1")
@@ -60,7 +60,7 @@ def make_ffn(config: DecoderConfig, *, every: int = 1) -> Callable[[int], nn.Mod
 
 
 def make_residual(
-    config: DecoderConfig,
+    layers: int,
     kinds: str | Sequence[str] = "momentum",
     *,
     mu: float = 0.7,
@@ -68,10 +68,10 @@ def make_residual(
     adam_gamma: float = 0.1,
     learnable: bool = False,
 ) -> Callable[[int], Residual]:
-    """Residuals for the reference decoder: `Decoder(config, make_ffn(config), make_residual(config))`.
+    """Residuals for the reference decoder: `Decoder(config, make_ffn(config), make_residual(config.layers))`.
 
     Args:
-        config: its number of layers.
+        layers: how many the model has.
         kinds: "smoe" adds, as dense layers should: the momentum of others passes through; "momentum" is
             heavy-ball, "robust" its robust form, "adam" Adam. One per layer, or one for all, where "adam" is
             the paper's AdamSMoE: Adam in the first layer, heavy-ball in the others.
@@ -84,10 +84,10 @@ def make_residual(
         ValueError: an unknown kind, or not one per layer; a number out of range.
     """
     if kinds == "adam":
-        kinds = ["adam", *["momentum"] * (config.layers - 1)]
-    kind_L = [kinds] * config.layers if isinstance(kinds, str) else list(kinds)
-    if len(kind_L) != config.layers:
-        raise ValueError(f"{len(kind_L)} kinds for {config.layers} layers; give one, or one per layer")
+        kinds = ["adam", *["momentum"] * (layers - 1)]
+    kind_L = [kinds] * layers if isinstance(kinds, str) else list(kinds)
+    if len(kind_L) != layers:
+        raise ValueError(f"{len(kind_L)} kinds for {layers} layers; give one, or one per layer")
     make: dict[str, Callable[[], Residual]] = {
         "smoe": PlainResidual,
         "momentum": partial(MomentumResidual, mu, gamma, learnable=learnable),
@@ -97,6 +97,7 @@ def make_residual(
     for kind in kind_L:
         if kind not in make:
             raise ValueError(f"kind={kind!r} is not known; use one of {', '.join(make)}")
+        make[kind]()  # numbers out of range are refused here already
     return lambda layer: make[kind_L[layer]]()
 
 

@@ -1,4 +1,4 @@
-"""Is a stack of residual layers stable? Linearised: in each layer the same update u = -s x, of curvature s."""
+"""Is a stack of residual layers stable? Linearised: in every layer u = -s x, with the same curvature s."""
 
 from collections.abc import Callable
 
