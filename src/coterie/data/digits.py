@@ -67,6 +67,8 @@ def read_digits(path: str | Path) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: not such a file.
     """
+    if not Path(path).read_text().strip():
+        raise ValueError(f"{path} has no lines")
     try:
         table = np.loadtxt(path, delimiter=",", ndmin=2)
     except ValueError as error:
