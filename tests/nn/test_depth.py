@@ -151,7 +151,7 @@ def test_a_tokens_path_is_its_own(name):
 
 def test_learned_momentum_starts_where_told_and_keeps_to_its_range():
     residual = MomentumResidual(0.7, 0.3, learnable=True)
-    assert (float(residual.mu), float(residual.gamma)) == pytest.approx((0.7, 0.3))
+    assert (residual.mu.item(), residual.gamma.item()) == pytest.approx((0.7, 0.3))
     optimizer = torch.optim.SGD(residual.parameters(), lr=3.0)
     for _ in range(20):
         x, _ = run(residual, torch.zeros(5), torch.ones(3, 5))
@@ -159,8 +159,8 @@ def test_learned_momentum_starts_where_told_and_keeps_to_its_range():
         x.mean().backward()
         assert all(float(p.grad.abs()) > 0 for p in residual.parameters())
         optimizer.step()
-    assert 0 < float(residual.mu) < 0.7
-    assert 0 < float(residual.gamma) < 0.3
+    assert 0 < residual.mu.item() < 0.7
+    assert 0 < residual.gamma.item() < 0.3
 
 
 @pytest.mark.parametrize("name", RESIDUALS)

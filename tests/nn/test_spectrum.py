@@ -39,11 +39,11 @@ def test_the_factor_is_how_a_long_stack_grows(s, lookahead):
     residual, state = MomentumResidual(0.6, 1.0, lookahead=lookahead), None
     s = torch.tensor([s], dtype=torch.complex128)
     x, lengths = torch.ones_like(s), []
-    for _ in range(400):
+    for _ in range(200):
         x, state = residual(x, -s * residual.point(x, state), state)
         lengths.append((x.abs() ** 2 + state.momentum.abs() ** 2).sqrt())
-    growth = (lengths[399] / lengths[199]) ** (1 / 200)
-    torch.testing.assert_close(growth, spectral_radius(residual, s), rtol=0.01, atol=0)
+    growth = (lengths[199] / lengths[99]) ** (1 / 100)
+    torch.testing.assert_close(growth, spectral_radius(residual, s), rtol=0.02, atol=0)
 
 
 def test_without_momentum_it_is_one_minus_the_step():

@@ -41,8 +41,8 @@ def drawn_digits(num: int, seed: int) -> tuple[Tensor, Tensor]:
     strokes = np.stack([_points(stroke) for stroke in STROKES])  # [10, POINTS, 2], from -0.5 to 0.5
     # the hand: each stroke bends by a few slow waves along its length
     wave = np.cos(np.pi * np.arange(5)[:, None] * np.linspace(0, 1, POINTS))
-    points = strokes[digits] + np.einsum("nwc,wp->npc", rng.normal(0, 0.03, (num, 5, 2)), wave)
-    angle, shear = rng.normal(0, 0.12, num), rng.normal(0, 0.15, num)
+    points = strokes[digits] + np.einsum("nwc,wp->npc", rng.normal(0, 0.025, (num, 5, 2)), wave)
+    angle, shear = rng.normal(0, 0.1, num), rng.normal(0, 0.12, num)
     size = rng.uniform(0.8, 1.05, (num, 2))
     turn = np.stack([[np.cos(angle), shear - np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     points = np.einsum("xyn,npy->npx", turn, points * size[:, None]) + rng.normal(0, 0.03, (num, 1, 2))

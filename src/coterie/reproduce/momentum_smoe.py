@@ -3,15 +3,16 @@
 Spectrum: an expert u = -H x in 16 dimensions, H symmetric with eigenvalues from 1 down to 1/κ, in a stack of
 residual layers. How large may γ be before the stack diverges, and how many layers take x to a thousandth of
 its length, each method at its best γ? Then four experts u = -H_i (x - c_i) behind a top-2 gate: up to which γ
-does the mean of 64 tokens stay bounded over 200 layers?
+does the mean of 32 tokens stay bounded over 200 layers? Once all four H_i are the same, "alike"; once each is
+turned its own way, "unlike".
 
 Digits: 1797 drawn ones of 8 × 8 pixels, two thirds to train on; a linear layer to 32, eight residual layers
 of SMoE(LayerNorm x) with eight ReLU experts of width 32 and a top-2 gate, and a linear read-out; 300 steps of
-128. Tested on the other third, clean and with noise that training has not seen: Gaussian (0.2, 0.4) and impulse
-(0.1, 0.2), three draws each. The controls have no momentum but the step γ, or γ / (1 - μ), of those that have.
+128. Tested on the other third, clean and with noise not seen in training: Gaussian (0.2, 0.4) and impulse
+(0.1, 0.2), three draws each. The controls have no momentum but a step, γ or γ / (1 - μ), of those that have.
 
 `--data optdigits.tes` takes the handwritten digits of the UCI repository, the same as in scikit-learn, which
-were to be the data here. Text: the `mixed_markov` text in a four-layer decoder, tested with a share of its
+were to be the data here; the drawn ones vary as much as makes SMoE do about as well on them. Text: the `mixed_markov` text in a four-layer decoder, tested with a share of its
 tokens swapped for one never seen. The paper trains on WikiText-103 and ImageNet, tests on ImageNet-A, -C and
 -R, and claims more than is tested here; of text nothing is claimed, as seeds differ by more than methods do.
 """
@@ -90,15 +91,16 @@ def spectrum(seed: int, budget: Budget, data: Any, *, mu: float) -> Values:
     start_D = torch.randn(16, dtype=torch.float64)
     for kappa in (10, 100):
         hessian = _symmetric(torch.logspace(0, -1, 16, base=kappa, dtype=torch.float64))
-        x_LG = _lengths(residual, hessian, gamma_G, start_D, layers=1000) / start_D.norm()
+        x_LG = _lengths(residual, hessian, gamma_G, start_D, layers=500) / start_D.norm()
         arrived_LG = x_LG < 1e-3
         layers_G = torch.where(arrived_LG.any(0), arrived_LG.int().argmax(0), torch.inf)
         best = int(layers_G.argmin())
         values[f"layers to a thousandth, κ = {kappa}"] = layers_G[best].item()
         values[f"best γ, κ = {kappa}"] = gamma_G[best].item()
-        values["largest stable γ s"] = gamma_G[x_LG[-1] < 1].max().item()
+        values["largest stable γ s"] = _last_stable(gamma_G, x_LG[-1] < 1)
     values["length by layer, κ = 100"] = list(enumerate(x_LG[:400, best].tolist()))
-    values["largest stable γ, four experts"] = _four_experts(residual, gamma_G[gamma_G >= 1])
+    for name, alike in (("alike", True), ("unlike", False)):
+        values[f"largest stable γ, four experts {name}"] = _four_experts(residual, alike)
     radius_G = spectral_radius(residual, gamma_G)
     values["factor per layer by γ s"] = list(zip(gamma_G[::4].tolist(), radius_G[::4].tolist(), strict=True))
     return values
@@ -109,7 +111,8 @@ def digits(seed: int, budget: Budget, data: Any, *, residual: Callable[[int], Re
     steps = {"smoke": 3, "standard": 300, "full": 1200}[budget]
     images, labels = data or drawn_digits(1797, seed=0)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    training, test = order[: len(images) * 2 // 3], order[len(images) * 2 // 3 :]
+    cut = len(images) * 2 // 3
+    training, test = order[:cut], order[cut:][: 64 if budget == "smoke" else None]
     torch.manual_seed(seed)
     model = Classifier(residual)
     history = train(
@@ -147,7 +150,7 @@ def digits(seed: int, budget: Budget, data: Any, *, residual: Callable[[int], Re
 
 def text(seed: int, budget: Budget, data: Any, *, kind: str) -> Values:
     """Text with swapped tokens."""
-    steps, smoke = {"smoke": 2, "standard": 300, "full": 1600}[budget], budget == "smoke"
+    steps, smoke = {"smoke": 2, "standard": 200, "full": 1600}[budget], budget == "smoke"
     ids, labels = mixed_markov(8 if smoke else 200, 64, seed=999)
     torch.manual_seed(seed)
     model = Decoder(TEXT, make_ffn(TEXT), make_residual(TEXT.layers, kind, gamma=0.3))
@@ -198,6 +201,11 @@ ARMS = {
 }
 
 
+def _gain(arms: Any, experts: str) -> float:
+    name = f"largest stable γ, four experts {experts}"
+    return float(arms["spectrum/momentum-0.7"][name] / arms["spectrum/smoe"][name])
+
+
 def _stable_up_to(name: str, arm: str, limit: float) -> Claim:
     return Claim(
         f"{name} is stable up to γ s = {limit}, within 0.02",
@@ -213,14 +221,23 @@ CLAIMS = [
     _stable_up_to("momentum of μ = 0.7", "spectrum/momentum-0.7", 3.4),
     _stable_up_to("momentum of μ = 0.9", "spectrum/momentum-0.9", 3.8),
     Claim(
-        "with four experts behind a gate, momentum of μ = 0.7 is stable up to 1.5 times the γ of SMoE",
-        lambda arms: (
-            arms["spectrum/momentum-0.7"]["largest stable γ, four experts"]
-            / arms["spectrum/smoe"]["largest stable γ, four experts"]
-        ),
+        "so with four experts alike behind a gate: with μ = 0.7 stable up to 1.5 times the γ of SMoE",
+        lambda arms: _gain(arms, "alike"),
         at_least=1.5,
         over="each seed",
         budget="smoke",
+        note="Set after the next claim had failed, to tell what it is that fails.",
+    ),
+    Claim(
+        "and with four experts unlike",
+        lambda arms: _gain(arms, "unlike"),
+        at_least=1.5,
+        over="each seed",
+        budget="smoke",
+        note="Momentum's wider range is that of one curvature. Where tokens switch between experts that curve "
+        "in different directions it is gone: 1.0 to 1.3 times that of SMoE on seeds 0 to 3, and with μ = 0.9 "
+        "0.8 to 0.9 times. Tried, on seeds 100 and 101: tokens that start 0.1, 10 or 100 times as far out, 1.0 "
+        "to 1.1; top-1, 0.9 to 1.1; a gate that always chooses the same two experts, 1.7.",
     ),
     Claim(
         "at κ = 100 momentum of μ = 0.7 needs at most a quarter of SMoE's layers, both at their best γ",
@@ -347,18 +364,24 @@ def _lengths(residual: Residual, hessian: Tensor, gamma_G: Tensor, start_D: Tens
 
 
 @torch.no_grad()
-def _four_experts(residual: Residual, gamma_G: Tensor, tokens: int = 64, layers: int = 200) -> float:
+def _four_experts(residual: Residual, alike: bool, tokens: int = 32, layers: int = 200) -> float:
     """The largest γ at which the mean of the tokens is bounded after so many layers of a sparse mixture."""
-    experts = [nn.Linear(16, 16).double() for _ in range(4)]
+    eigenvalues = torch.logspace(0, -1, 16, dtype=torch.float64)
+    hessian, experts = _symmetric(eigenvalues), [nn.Linear(16, 16).double() for _ in range(4)]
     for expert in experts:
-        hessian, centre = _symmetric(torch.logspace(0, -1, 16, dtype=torch.float64)), torch.randn(16).double()
+        hessian, centre = hessian if alike else _symmetric(eigenvalues), torch.randn(16).double()
         expert.weight.copy_(-hessian)
         expert.bias.copy_(hessian @ centre)
     moe = MoE(Router(LinearScore(16, 4).double(), TopK(2)), ModuleExperts(experts))
-    gamma_G = gamma_G[::5]
+    gamma_G = torch.arange(1, 6, 10 * STEP, dtype=torch.float64)
     x_GTD, state = torch.randn(tokens, 16).double().expand(len(gamma_G), -1, -1), None
     for _ in range(layers):
         update_GTD, _routing = moe(x_GTD)
         x_GTD, state = residual(x_GTD, gamma_G.view(-1, 1, 1) * update_GTD, state)
-    bounded_G = x_GTD.mean(1).norm(dim=-1) < 100  # the centres lie at about 4 from the origin
-    return gamma_G[bounded_G].max().item()
+    # the centres lie at about 4 from the origin
+    return _last_stable(gamma_G, x_GTD.mean(1).norm(dim=-1) < 100)
+
+
+def _last_stable(gamma_G: Tensor, stable_G: Tensor) -> float:
+    """The last γ before the first that is not stable."""
+    return float(gamma_G[int(stable_G.int().argmin()) - 1])
