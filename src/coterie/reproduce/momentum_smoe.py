@@ -12,9 +12,11 @@ of SMoE(LayerNorm x) with eight ReLU experts of width 32 and a top-2 gate, and a
 (0.1, 0.2), three draws each. The controls have no momentum but a step, γ or γ / (1 - μ), of those that have.
 
 `--data optdigits.tes` takes the handwritten digits of the UCI repository, the same as in scikit-learn, which
-were to be the data here; the drawn ones vary as much as makes SMoE do about as well on them. Text: the `mixed_markov` text in a four-layer decoder, tested with a share of its
-tokens swapped for one never seen. The paper trains on WikiText-103 and ImageNet, tests on ImageNet-A, -C and
--R, and claims more than is tested here; of text nothing is claimed, as seeds differ by more than methods do.
+were to be the data here; the drawn ones vary as much as makes SMoE do about as well on them.
+
+Text: the `mixed_markov` text in a four-layer decoder, tested with a share of its tokens swapped for one never
+seen. Nothing is claimed of it. The paper trains on WikiText-103 and ImageNet and tests
+on ImageNet-A, -C and -R.
 """
 
 from collections.abc import Callable
@@ -234,10 +236,10 @@ CLAIMS = [
         at_least=1.5,
         over="each seed",
         budget="smoke",
-        note="Momentum's wider range is that of one curvature. Where tokens switch between experts that curve "
-        "in different directions it is gone: 1.0 to 1.3 times that of SMoE on seeds 0 to 3, and with μ = 0.9 "
-        "0.8 to 0.9 times. Tried, on seeds 100 and 101: tokens that start 0.1, 10 or 100 times as far out, 1.0 "
-        "to 1.1; top-1, 0.9 to 1.1; a gate that always chooses the same two experts, 1.7.",
+        note="Momentum's wider range is that of one curvature. Where tokens switch between experts that "
+        "curve in different directions it is gone: 1.0 to 1.3 times that of SMoE on seeds 0 to 3, and with "
+        "μ = 0.9 0.8 to 0.9 times. Tried, on seeds 100 and 101: tokens that start 0.1, 10 or 100 times as far out, "
+        "1.0 to 1.1; top-1, 0.9 to 1.1; a gate that always chooses the same two experts, 1.7.",
     ),
     Claim(
         "at κ = 100 momentum of μ = 0.7 needs at most a quarter of SMoE's layers, both at their best γ",
