@@ -238,8 +238,8 @@ CLAIMS = [
         budget="smoke",
         note="Momentum's wider range is that of one curvature. Where tokens switch between experts that "
         "curve in different directions it is gone: 1.0 to 1.3 times that of SMoE on seeds 0 to 3, and with "
-        "μ = 0.9 0.8 to 0.9 times. Tried, on seeds 100 and 101: tokens that start 0.1, 10 or 100 times as far "
-        "out, 1.0 to 1.1; top-1, 0.9 to 1.1; a gate that always chooses the same two experts, 1.7.",
+        "μ = 0.9 0.8 to 0.9 times. Tried, on seeds 100 and 101: tokens that start 0.1, 10 or 100 times "
+        "as far out, 1.0 to 1.1; top-1, 0.9 to 1.1; a gate that always chooses the same two experts, 1.7.",
     ),
     Claim(
         "at κ = 100 momentum of μ = 0.7 needs at most a quarter of SMoE's layers, both at their best γ",
