@@ -66,7 +66,13 @@ def test_an_option_of_the_command_line_is_named_as_one():
 
 
 SMALL = {"dim": 16, "layers": 2, "heads": 1, "kv_heads": 1, "head_dim": 16, "hidden": 32, "expert_hidden": 8}
-REQUIRED = {"top-p": {"p": 0.4}, "threshold": {"threshold": 0.2}, "mlp": {"hidden": 8}}
+REQUIRED = {
+    "top-p": {"p": 0.4},
+    "threshold": {"threshold": 0.2},
+    "mlp": {"hidden": 8},
+    "trees": {"k": 2},
+    "dselect-k": {"k": 2},
+}
 
 
 @given(data=st.data())
@@ -82,6 +88,8 @@ def test_any_score_router_and_bank_make_a_model_that_trains(data):
         "experts": {"name": bank},
     }
     if score and router in ("top-k", "top-p", "threshold", "soft"):
+        if bank == "swiglu+zero-cost" and score == "dselect-k":
+            recipe["experts"] = {"name": bank, "zero": 4, "constant": 3}  # 16: a power of 2
         recipe["score"] = {"name": score, **REQUIRED.get(score, {})}
     method = build(Recipe.parse(str(recipe).replace("None", "null")))
     ids = torch.randint(257, (2, 9))

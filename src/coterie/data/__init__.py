@@ -1,6 +1,7 @@
-"""Text as bytes: find it, split it, read it in windows, order it in batches. Small images."""
+"""Text as bytes: find it, split it, read it in windows, order it in batches. Small images. Corruptions."""
 
 from coterie.data.batches import ShuffledBatches
+from coterie.data.corruption import attack_tokens, corrupt_images
 from coterie.data.files import Span, find_text, split_by_file, stdlib_sources
 from coterie.data.images import digits, read_digits
 from coterie.data.text import ByteCorpus, ByteWindows
@@ -13,7 +14,9 @@ __all__ = [
     "ByteWindows",
     "ShuffledBatches",
     "Span",
+    "attack_tokens",
     "byte_tokenizer",
+    "corrupt_images",
     "digits",
     "find_text",
     "read_digits",

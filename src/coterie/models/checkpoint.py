@@ -18,7 +18,17 @@ from torch import Tensor
 
 from coterie.models.decoder import Decoder, DecoderConfig
 from coterie.models.tying import tie_depth, tied_modules
-from coterie.nn import InputJitter, LimitCapacity, LinearScore, LogitNoise, MoE, Router, SwiGLUExperts, TopK
+from coterie.nn import (
+    InputJitter,
+    LimitCapacity,
+    LinearScore,
+    LogitNoise,
+    MoE,
+    PlainResidual,
+    Router,
+    SwiGLUExperts,
+    TopK,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +42,7 @@ def save_pretrained(model: Decoder, folder: str | Path, tokenizer: Any = None) -
     """Writes a Hugging Face checkpoint (config, safetensors, tokenizer if given).
 
     Args:
-        model: a decoder with its default feed-forward parts.
+        model: a decoder with its default feed-forward parts and residuals.
         folder: must not exist, be empty, or hold an earlier checkpoint (which is replaced).
         tokenizer: a transformers tokenizer saved beside the weights.
 
@@ -40,8 +50,8 @@ def save_pretrained(model: Decoder, folder: str | Path, tokenizer: Any = None) -
     and named in the config, by which `load_pretrained` ties it again. What a router does in training only,
     noise or a capacity, is left out.
 
-    Raises ValueError when the model holds a router or bank that Qwen3-MoE cannot express, or the folder
-    holds something else. The checkpoint appears whole or not at all.
+    Raises ValueError when the model holds a router, bank or residual that Qwen3-MoE cannot express, or the
+    folder holds something else. The checkpoint appears whole or not at all.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -89,6 +99,7 @@ def to_transformers(model: Decoder) -> "PreTrainedModel":
     c = model.config
     for i, layer in enumerate(model.layers):
         _check_expressible(i, layer.mlp, c)
+        _check_residual(i, layer.residual)
     sizes: dict[str, Any] = {
         "vocab_size": c.vocab_size,
         "hidden_size": c.dim,
@@ -222,6 +233,14 @@ def _in_evaluation(part: Any) -> Any:
     if isinstance(part, LimitCapacity) and part.training_only:
         return _in_evaluation(part.router)
     return _in_evaluation(part.score) if isinstance(part, (LogitNoise, InputJitter)) else part
+
+
+def _check_residual(i: int, residual: Any) -> None:
+    if type(residual) is not PlainResidual:
+        raise ValueError(
+            f"layer {i} cannot be written as Qwen3, whose layers are added; found {type(residual).__name__}. "
+            "Save its state_dict with safetensors instead"
+        )
 
 
 def _check_config(config: Any) -> None:

@@ -15,7 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coterie.nn import AttentionHeads, LinearScore, MoE, Router, Routing, SwiGLU, SwiGLUExperts, TopK
+from coterie.nn import (
+    AttentionHeads,
+    DepthState,
+    LinearScore,
+    MoE,
+    PlainResidual,
+    Residual,
+    Router,
+    Routing,
+    SwiGLU,
+    SwiGLUExperts,
+    TopK,
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,8 @@ class Decoder(nn.Module):
         config: the sizes.
         make_ffn: layer index → feed-forward module, either x → y or, like `MoE`, x → (y, Routing).
             None builds the layers of `config`.
+        make_residual: layer index → how its feed-forward part joins the residual stream, such as
+            `MomentumResidual()`; the state begins anew in every forward. None adds it.
 
     Returns (from forward, for ids [B, S]): logits [B, S, V] and one Routing per MoE layer, over the B · S
     tokens in row-major order.
@@ -85,12 +99,20 @@ class Decoder(nn.Module):
     (torch.Size([3, 10, 257]), 2, torch.Size([30, 2]))
     """
 
-    def __init__(self, config: DecoderConfig, make_ffn: Callable[[int], nn.Module] | None = None) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        make_ffn: Callable[[int], nn.Module] | None = None,
+        make_residual: Callable[[int], Residual] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         make_ffn = make_ffn or (lambda layer: default_ffn(config))
+        make_residual = make_residual or (lambda layer: PlainResidual())
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(DecoderLayer(config, make_ffn(i)) for i in range(config.layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, make_ffn(i), make_residual(i)) for i in range(config.layers)
+        )
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -117,9 +139,11 @@ class Decoder(nn.Module):
         rotation = rotary_angles(start, ids_BS.shape[1], self.config, ids_BS.device)
         x_BSD = self.embed_tokens(ids_BS)
         routings: list[Routing] = []
+        state: DepthState | None = None
         for i, layer in enumerate(self.layers):
             context = {"mask": mask, "token_ids": ids_BS, "previous": routings[-1] if routings else None}
-            x_BSD, routing = layer(x_BSD, rotation, None if cache is None else cache.layers[i], context)
+            layer_cache = None if cache is None else cache.layers[i]
+            x_BSD, routing, state = layer(x_BSD, rotation, layer_cache, context, state)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
@@ -161,14 +185,14 @@ def default_ffn(config: DecoderConfig) -> nn.Module:
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x))."""
+    """x + attention(norm(x)), then ffn(norm(x)) joins by the layer's residual: x + ffn(norm(x)) if plain."""
 
-    def __init__(self, config: DecoderConfig, ffn: nn.Module) -> None:
+    def __init__(self, config: DecoderConfig, ffn: nn.Module, residual: Residual) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.mlp = ffn
+        self.mlp, self.residual = ffn, residual
 
     def forward(
         self,
@@ -176,15 +200,19 @@ class DecoderLayer(nn.Module):
         rotation: tuple[Tensor, Tensor],
         cache: "LayerCache | None",
         context: dict[str, Any],
-    ) -> tuple[Tensor, Routing | None]:
+        state: DepthState | None,
+    ) -> tuple[Tensor, Routing | None, DepthState | None]:
         y_BSD, attention = self.self_attn(self.input_layernorm(x_BSD), rotation, cache, context["mask"])
         x_BSD = x_BSD + y_BSD
         context = context | {"attention": attention, "past": None if cache is None else cache.routing}
-        h_BSD = self.post_attention_layernorm(x_BSD)
+        h_BSD = self.post_attention_layernorm(self.residual.point(x_BSD, state))
+        routing = None
         if isinstance(self.mlp, MoE):
             y_BSD, routing = self.mlp(h_BSD, **{k: v for k, v in context.items() if v is not None})
-            return x_BSD + y_BSD, routing
-        return x_BSD + self.mlp(h_BSD), None
+        else:
+            y_BSD = self.mlp(h_BSD)
+        x_BSD, state = self.residual(x_BSD, y_BSD, state)
+        return x_BSD, routing, state
 
 
 class Attention(nn.Module):

@@ -95,6 +95,7 @@ class ViT(nn.Module):
         nn.init.normal_(self.positions.weight, std=0.02)
         for own in (self.patch_embed, self.head):
             nn.init.xavier_uniform_(own.weight)
+            assert own.bias is not None
             nn.init.zeros_(own.bias)
 
     @property

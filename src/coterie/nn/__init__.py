@@ -1,15 +1,21 @@
 """The core: routings, routers (score, then select), expert banks, the MoE layer, balance, monitors."""
 
 from coterie.nn import balance
-from coterie.nn.cost import parameters_per_expert
 from coterie.nn.affinity import AttentionAffinity, SimilarityAffinity
 from coterie.nn.attention import AttentionHeads
+from coterie.nn.cost import parameters_per_expert
+from coterie.nn.depth import (
+    AdamResidual,
+    DepthState,
+    MomentumResidual,
+    PlainResidual,
+    Residual,
+    robust_momentum,
+)
 from coterie.nn.experts import ConcatExperts, Experts, MLPExperts, ModuleExperts, SwiGLUExperts
 from coterie.nn.mix_tokens import MixTokens
-from coterie.nn.moe import Gated, MoE, SwiGLU
-from coterie.nn.monitor import Monitor, StabilityTracker, fluctuation
 from coterie.nn.moe import MLP, Gated, MoE, SwiGLU
-from coterie.nn.monitor import Monitor, fluctuation
+from coterie.nn.monitor import Monitor, StabilityTracker, fluctuation
 from coterie.nn.multi_gate import MultiGateMoE
 from coterie.nn.permutation import LearnedPermutation, PermuteLabels, permutation_entropy
 from coterie.nn.routers import (
@@ -36,11 +42,13 @@ from coterie.nn.score import (
     RemapScores,
 )
 from coterie.nn.select import Dense, ExpertChoice, Threshold, TopK, TopP
+from coterie.nn.spectrum import curvatures, spectral_radius, stability_limit
 from coterie.nn.trees import DSelectKScore, TreeRouter, TreeScore
 from coterie.nn.zero_cost import MaskWeights, ZeroCostExperts
 
 __all__ = [
     "MLP",
+    "AdamResidual",
     "AnyRouter",
     "AttentionAffinity",
     "AttentionHeads",
@@ -48,6 +56,7 @@ __all__ = [
     "CosineScore",
     "DSelectKScore",
     "Dense",
+    "DepthState",
     "ExpertChoice",
     "Experts",
     "Gated",
@@ -65,14 +74,17 @@ __all__ = [
     "MixTokens",
     "MoE",
     "ModuleExperts",
+    "MomentumResidual",
     "Monitor",
     "MultiGateMoE",
     "NoisyTopK",
     "PermuteExperts",
     "PermuteLabels",
+    "PlainResidual",
     "PreviousLogits",
     "RandomRouter",
     "RemapScores",
+    "Residual",
     "Router",
     "Routing",
     "SequenceRouter",
@@ -87,8 +99,12 @@ __all__ = [
     "TreeScore",
     "ZeroCostExperts",
     "balance",
+    "curvatures",
     "fluctuation",
     "parameters_per_expert",
     "permutation_entropy",
+    "robust_momentum",
+    "spectral_radius",
+    "stability_limit",
     "switch_router",
 ]

@@ -14,6 +14,7 @@ from coterie.nn import (
     ConcatExperts,
     CosineScore,
     Dense,
+    DSelectKScore,
     HashRouter,
     LinearScore,
     MLPExperts,
@@ -25,6 +26,7 @@ from coterie.nn import (
     Threshold,
     TopK,
     TopP,
+    TreeScore,
     ZeroCostExperts,
     switch_router,
 )
@@ -46,7 +48,13 @@ def swiglu_zero_cost(
 
 Part = Callable[..., Any]
 
-SCORES: dict[str, Part] = {"linear": LinearScore, "mlp": MLPScore, "cosine": CosineScore}
+SCORES: dict[str, Part] = {
+    "linear": LinearScore,
+    "mlp": MLPScore,
+    "cosine": CosineScore,
+    "trees": TreeScore,
+    "dselect-k": DSelectKScore,
+}
 
 # Expert choice is not here: it looks at later tokens, which a causal model must not.
 SELECTIONS: dict[str, Part] = {"top-k": TopK, "top-p": TopP, "threshold": Threshold, "soft": Dense}

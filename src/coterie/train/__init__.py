@@ -1,7 +1,6 @@
 """One training loop on Hugging Face Accelerate, with what it needs: losses, schedules, callbacks."""
 
-from coterie.train.callbacks import Callback, Every, LossFreeBias, Run
-from coterie.train.callbacks import Callback, LossFreeBias, PermutationSearch, Run
+from coterie.train.callbacks import Callback, Every, LossFreeBias, PermutationSearch, Run
 from coterie.train.evaluate import evaluate
 from coterie.train.fit import fit
 from coterie.train.history import History
