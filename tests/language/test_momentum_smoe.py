@@ -28,7 +28,7 @@ def test_the_first_layer_is_adams_and_the_others_heavy_ball():
 def test_the_stream_is_the_papers_recurrence():
     model, seen, updates = decoder("momentum", mu=0.6, gamma=0.4), [], []
     for layer in model.layers:
-        layer.self_attn.register_forward_hook(lambda *args: updates.append(args[2]))
+        layer.self_attn.register_forward_hook(lambda *args: updates.append(args[2][0]))
         layer.mlp.register_forward_hook(lambda *args: updates.append(args[2][0]))
     model.norm.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     model(IDS)
