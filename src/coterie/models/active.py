@@ -21,6 +21,7 @@ def active_parameters(model: Decoder, routings: Sequence[Routing]) -> float:
     Raises:
         ValueError: not one routing per MoE layer.
 
+    >>> import torch
     >>> from coterie.models import DecoderConfig
     >>> config = DecoderConfig(257, dim=32, layers=2, heads=2, kv_heads=1, head_dim=16, hidden=64,
     ...                        num_experts=4, top_k=2, expert_hidden=32)

@@ -23,7 +23,8 @@ class Option:
         return self.default is inspect.Parameter.empty
 
     def __str__(self) -> str:
-        kind = getattr(self.annotation, "__name__", str(self.annotation)).replace("collections.abc.", "")
+        kind = str(self.annotation) if get_args(self.annotation) else self.annotation.__name__
+        kind = kind.replace("collections.abc.", "").replace("typing.", "")
         return f"{self.name}: {kind}" + ("" if self.required else f" = {self.default!r}")
 
 
@@ -34,7 +35,7 @@ def options_of(part: Callable[..., Any], given: Collection[str] = ()) -> dict[st
 
     >>> def part(dim: int, *, p: float = 0.4, kind: Literal["a", "b"] = "a"): ...
     >>> [str(option) for option in options_of(part, given=["dim"]).values()]
-    ['p: float = 0.4', "kind: typing.Literal['a', 'b'] = 'a'"]
+    ['p: float = 0.4', "kind: Literal['a', 'b'] = 'a'"]
     """
     hints = get_type_hints(part.__init__ if inspect.isclass(part) else part)
     found = {}
