@@ -56,6 +56,7 @@ TINY = {
 
 # What the sizes above do not settle.
 MORE: dict[str, dict[str, object]] = {
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"]},
     "deepseek_ocr2": {"mlp_layer_types": ["sparse"] * LAYERS},
     "dots1": {"n_shared_experts": 1},
     "ernie4_5_vl_moe": {
@@ -78,6 +79,8 @@ MORE: dict[str, dict[str, object]] = {
         "indexer_types": ["full"] * LAYERS,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
     },
+    "inkling2": {"unpadded_vocab_size": 120},
+    "inkling2_loop": {"unpadded_vocab_size": 120},
     "lfm2_moe": {"layer_types": ["full_attention"] * LAYERS},
     "mimo_v2_flash": {"layer_types": ["full_attention"] * LAYERS, "num_attention_heads": 16},
     "mistral_large4": {"kv_source_layers": list(range(LAYERS))},

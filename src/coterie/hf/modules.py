@@ -66,7 +66,8 @@ def write_numbers(model: PreTrainedModel, layout: BlockLayout, bank: Any, change
             module.config = copy.copy(module.config)
             _write_fields(module.config, changed)
         _write_attributes(module, {**changed, "rows": get_tensor(model, layout.router["rows"]).shape[0]})
-    for module in (bank, block):
+    parent = model.get_submodule(layout.name.rpartition(".")[0])  # text and vision blocks share one
+    for module in (bank, block, parent):
         _write_attributes(module, changed)
     _write_fields(bank.config, changed)
     for owner in model.modules():
