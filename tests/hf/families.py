@@ -52,6 +52,13 @@ TINY = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
+    # linear attention, state spaces, and what else is large by default
+    "linear_num_heads": 4,
+    "linear_head_dim": 16,
+    "mamba_n_heads": 8,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 16,
+    "vocab_size_per_layer_input": 128,
 }
 
 # What the sizes above do not settle.

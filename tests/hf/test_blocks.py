@@ -1,10 +1,11 @@
 """The editable view, in every transformers family that has the experts interface."""
 
 import copy
+import importlib
 
 import pytest
 import torch
-from families import families, output, tiny_model
+from families import TINY, families, output, tiny_config, tiny_model
 from torch.overrides import TorchFunctionMode
 
 from coterie.hf import find_moe_blocks, save
@@ -110,6 +111,41 @@ class NeverChosen(TorchFunctionMode):
             row_D = torch.linalg.lstsq(x_TD, very_negative, driver="gelsd").solution[:, 0]
             self.rows[args[1].data_ptr()][self.experts] = row_D.float()
         return function(*args, **(kwargs or {}))
+
+
+def test_experts_that_two_stacks_share_are_edited_once_and_stay_shared():
+    module = importlib.import_module("transformers.models.diffusion_gemma.modeling_diffusion_gemma")
+    model = module.DiffusionGemmaModel(tiny_config(module.DiffusionGemmaConfig, TINY | SIZES))
+    blocks = find_moe_blocks(model)
+    assert len(blocks) == len(model.decoder.layers)
+    for block in blocks:
+        block.keep(KEPT)
+    for encoder, decoder in zip(model.encoder.language_model.layers, model.decoder.layers, strict=True):
+        assert encoder.experts.down_proj is decoder.experts.down_proj
+        assert encoder.router.per_expert_scale is decoder.router.per_expert_scale
+        assert encoder.experts.num_experts == decoder.experts.num_experts == len(KEPT)
+    assert model.config.text_config.num_experts == len(KEPT)
+
+
+def test_a_block_whose_numbers_are_not_in_a_saved_configuration_can_only_be_permuted():
+    module = importlib.import_module("transformers.models.dots3_note.modeling_dots3_note")
+    config = module.Dots3NoteVisionConfig(
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        moe_intermediate_size=16,
+        pyramid_num_routed=[4, 6],  # experts in each layer
+        adapter_in_dim=32,
+        adapter_out_dim=32,
+    )
+    blocks = find_moe_blocks(module.Dots3NoteVisionModel(config))
+    assert [block.num_experts for block in blocks] == [4, 6]
+    with pytest.raises(ValueError, match="configuration made for its layer alone"):
+        blocks[0].keep([0, 1, 2])
+    before = blocks[0].experts.up[2].clone()
+    blocks[0].permute([2, 0, 1, 3])
+    assert torch.equal(blocks[0].experts.up[0], before)
 
 
 def test_dropping_experts_that_are_chosen_changes_the_logits():

@@ -119,10 +119,13 @@ class MoEBlock:
     def router(self) -> RouterTensors:
         """The router's entries of the E routed experts: views, which can be edited in place."""
         stored, e = self._stored(), self.num_experts
-        roles = {role: stored[role][:e] for role in ("rows", "bias", "scale") if role in stored}
-        if "selection_bias" in stored:
-            roles["selection_bias"] = stored["selection_bias"].flatten()[:e]
-        return RouterTensors(**roles)
+        selection = stored.get("selection_bias")
+        return RouterTensors(
+            rows=stored["rows"][:e],
+            bias=stored["bias"][:e] if "bias" in stored else None,
+            selection_bias=None if selection is None else selection.flatten()[:e],
+            scale=stored["scale"][:e] if "scale" in stored else None,
+        )
 
     @property
     def shared(self) -> nn.Module | None:
@@ -238,7 +241,7 @@ class MoEBlock:
         self._check_config()
         for block in (self, *self.also):
             block.layout = replace(block.layout, **changed)
-            modules.write_numbers(self._model, block.layout, self._bank, changed)
+            modules.write_numbers(self._model, block.layout, block._bank, changed)
 
     def _check_config(self) -> None:
         if not any(config is self.config for config in modules.configs(self._model.config)):

@@ -167,9 +167,8 @@ def _axis(role: str) -> int:
 
 
 def _body_and_tail(layout: BlockLayout, role: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    sizes = [layout.num_experts, tensor.shape[_axis(role)] - layout.num_experts]
-    body, tail = tensor.split(sizes, _axis(role))
-    return body, tail
+    axis, e = _axis(role), layout.num_experts
+    return tensor.narrow(axis, 0, e), tensor.narrow(axis, e, tensor.shape[axis] - e)
 
 
 def _fit(role: str, new: Tensor, stored: Tensor) -> Tensor:

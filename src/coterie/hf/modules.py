@@ -61,10 +61,12 @@ def write_numbers(model: PreTrainedModel, layout: BlockLayout, bank: Any, change
     """
     block = model.get_submodule(layout.name)
     for module in _router_modules(model, layout):
-        if isinstance(vars(module).get("config"), PretrainedConfig):
+        config = vars(module).get("config")
+        if isinstance(config, PretrainedConfig):
             # some routers ask their configuration while they compute, and layers may come to differ
-            module.config = copy.copy(module.config)
-            _write_fields(module.config, changed)
+            own = copy.copy(config)
+            _write_fields(own, changed)
+            vars(module)["config"] = own
         _write_attributes(module, {**changed, "rows": get_tensor(model, layout.router["rows"]).shape[0]})
     parent = model.get_submodule(layout.name.rpartition(".")[0])  # text and vision blocks share one
     for module in (bank, block, parent):

@@ -29,7 +29,7 @@ def save(model: PreTrainedModel, folder: Path | str, format: Format = "transform
     model.
     """
     folder = Path(folder)
-    check_output(folder, model.name_or_path)
+    check_output(folder, model.name_or_path or "")
     blocks = find_moe_blocks(model)
     if format == "transformers":
         check_expressible(blocks, [block.num_experts for block in blocks])
