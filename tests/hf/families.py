@@ -12,6 +12,9 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 
+from coterie.hf import MoEBlock
+from coterie.hf.layout import fields_of
+
 LAYERS = 2
 
 # Sizes by the names configurations give them; what a configuration lacks is left out.
@@ -169,6 +172,30 @@ def output(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         else:
             result = model(input_ids=ids)
     return result.logits if hasattr(result, "logits") else result.last_hidden_state
+
+
+def table_row(family: str, block: MoEBlock) -> str:
+    """A family's row in docs/families.md."""
+    layout, bank = block.layout, block.layout.bank
+    inside = {role: name.removeprefix(f"{block.name}.") for role, name in layout.router.items()}
+    rows = inside.pop("rows")
+    traits = {
+        "transposed": bank.transposed,
+        "interleaved": bank.interleaved,
+        "biased": bank.biased,
+        "not gated": not bank.gated,
+    }
+    fields = [fields_of(vars(block.config), what)[0] for what in ("num_experts", "top_k")]
+    cells = (
+        family,
+        f"`{fields[0]}`, `{fields[1]}`",
+        f"`{rows}`",
+        ", ".join(f"`{name}`" for name in inside.values()),
+        ", ".join(trait for trait, present in traits.items() if present),
+        "yes" if layout.groups > 1 else "",
+        "yes" if block.shared is not None else "",
+    )
+    return "| " + " | ".join(cells) + " |"
 
 
 def _config_class(module: ModuleType, experts: type) -> type[PretrainedConfig]:

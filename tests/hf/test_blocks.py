@@ -2,10 +2,11 @@
 
 import copy
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
-from families import TINY, families, output, tiny_config, tiny_model
+from families import TINY, families, output, table_row, tiny_config, tiny_model
 from torch.overrides import TorchFunctionMode
 
 from coterie.hf import find_moe_blocks, save
@@ -19,6 +20,8 @@ IDS = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
 DROPPED = [2, 6]  # one of each group
 KEPT = [i for i in range(E) if i not in DROPPED]
 ORDER = [5, 7, 4, 6, 1, 0, 3, 2]  # the groups change places
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -89,6 +92,21 @@ def test_no_tensor_with_an_entry_per_expert_is_overlooked(model):
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         inside = {n: t for n, t in tensors.items() if n.startswith(f"{block.name}.") and "attn" not in n}
         assert [n for n, t in inside.items() if E in t.shape and n not in known] == []
+
+
+def test_it_is_in_the_table_of_families(original, request):
+    family = request.node.callspec.params["original"][0]
+    rows = {table_row(family, block) for block in find_moe_blocks(original)}
+    listed = [line for line in PAGE.read_text().splitlines() if line.startswith(f"| {family} |")]
+    assert rows <= set(listed), f"docs/families.md lacks {sorted(rows - set(listed))}"
+
+
+def test_the_table_of_families_lists_no_other_and_counts_them_right():
+    names = {family for family, _ in families()}
+    text = PAGE.read_text()
+    table = text[text.index("| family | experts, top-k |") :].splitlines()[2:]
+    assert {line.split("|")[1].strip() for line in table if line.startswith("|")} == names
+    assert f"all {len(names)} families" in text
 
 
 class NeverChosen(TorchFunctionMode):

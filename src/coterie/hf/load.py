@@ -29,7 +29,11 @@ def load(folder: Path | str, **options: Any) -> PreTrainedModel:
     manifest = folder / MANIFEST
     if manifest.exists():
         model_class = _with_blocks(model_class, json.loads(manifest.read_text())["blocks"])
-    model: PreTrainedModel = model_class.from_pretrained(folder, **options)
+    model: PreTrainedModel
+    model, found = model_class.from_pretrained(folder, output_loading_info=True, **options)
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would leave them at random values
+        raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
     if manifest.exists():
         model.__class__ = model_class.__base__
     return model
@@ -43,6 +47,7 @@ def check_files(folder: Path | str) -> None:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; it is not a model's folder")
+    _read_json(folder / "config.json")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = sorted(set(_read_json(index)["weight_map"].values()))
