@@ -12,6 +12,9 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 
+from coterie.hf import MoEBlock
+from coterie.hf.layout import fields_of
+
 LAYERS = 2
 
 # Sizes by the names configurations give them; what a configuration lacks is left out.
@@ -52,10 +55,18 @@ TINY = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
+    # linear attention, state spaces, and what else is large by default
+    "linear_num_heads": 4,
+    "linear_head_dim": 16,
+    "mamba_n_heads": 8,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 16,
+    "vocab_size_per_layer_input": 128,
 }
 
 # What the sizes above do not settle.
 MORE: dict[str, dict[str, object]] = {
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"]},
     "deepseek_ocr2": {"mlp_layer_types": ["sparse"] * LAYERS},
     "dots1": {"n_shared_experts": 1},
     "ernie4_5_vl_moe": {
@@ -78,6 +89,8 @@ MORE: dict[str, dict[str, object]] = {
         "indexer_types": ["full"] * LAYERS,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
     },
+    "inkling2": {"unpadded_vocab_size": 120},
+    "inkling2_loop": {"unpadded_vocab_size": 120},
     "lfm2_moe": {"layer_types": ["full_attention"] * LAYERS},
     "mimo_v2_flash": {"layer_types": ["full_attention"] * LAYERS, "num_attention_heads": 16},
     "mistral_large4": {"kv_source_layers": list(range(LAYERS))},
@@ -109,9 +122,11 @@ def families() -> list[tuple[str, str]]:
     return found
 
 
-def tiny_config(config_class: type[PretrainedConfig], **more: object) -> PretrainedConfig:
+def tiny_config(
+    config_class: type[PretrainedConfig], sizes: dict[str, object], **more: object
+) -> PretrainedConfig:
     default = config_class()
-    values = {k: v for k, v in TINY.items() if _has(default, k)}
+    values = {k: v for k, v in sizes.items() if _has(default, k)}
     if "qk_rope_head_dim" in values:
         values.pop("head_dim", None)  # derived there
     for name, value in default.to_dict().items():
@@ -119,7 +134,7 @@ def tiny_config(config_class: type[PretrainedConfig], **more: object) -> Pretrai
             values[name] = value[-LAYERS:]
     for name, sub in getattr(config_class, "sub_configs", {}).items():
         if isinstance(sub, type) and hasattr(sub, "model_type") and sub is not transformers.AutoConfig:
-            values[name] = tiny_config(sub)
+            values[name] = tiny_config(sub, sizes)
     return config_class(**(values | more))
 
 
@@ -130,7 +145,8 @@ def _has(config: PretrainedConfig, name: str) -> bool:
         return False
 
 
-def tiny_model(family: str, experts: str) -> PreTrainedModel:
+def tiny_model(family: str, experts: str, **sizes: object) -> PreTrainedModel:
+    """A family's model of the sizes in TINY, or in `sizes`."""
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
 
     config_class = _config_class(module, getattr(module, experts))
@@ -145,7 +161,41 @@ def tiny_model(family: str, experts: str) -> PreTrainedModel:
     ]
     best = max(candidates, key=lambda c: (c.__name__.endswith("ForCausalLM"), "For" not in c.__name__))
     torch.manual_seed(0)
-    return best(tiny_config(config_class, **MORE.get(family, {}))).eval()
+    return best(tiny_config(config_class, TINY | sizes, **MORE.get(family, {}))).eval()
+
+
+def output(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits, or hidden states where the model has no head."""
+    with torch.no_grad():
+        if "Talker" in type(model).__name__:  # takes embeddings of another model's making
+            result = model(inputs_embeds=model.codec_embedding(ids))
+        else:
+            result = model(input_ids=ids)
+    return result.logits if hasattr(result, "logits") else result.last_hidden_state
+
+
+def table_row(family: str, block: MoEBlock) -> str:
+    """A family's row in docs/families.md."""
+    layout, bank = block.layout, block.layout.bank
+    inside = {role: name.removeprefix(f"{block.name}.") for role, name in layout.router.items()}
+    rows = inside.pop("rows")
+    traits = {
+        "transposed": bank.transposed,
+        "interleaved": bank.interleaved,
+        "biased": bank.biased,
+        "not gated": not bank.gated,
+    }
+    fields = [fields_of(vars(block.config), what)[0] for what in ("num_experts", "top_k")]
+    cells = (
+        family,
+        f"`{fields[0]}`, `{fields[1]}`",
+        f"`{rows}`",
+        ", ".join(f"`{name}`" for name in inside.values()),
+        ", ".join(trait for trait, present in traits.items() if present),
+        "yes" if layout.groups > 1 else "",
+        "yes" if block.shared is not None else "",
+    )
+    return "| " + " | ".join(cells) + " |"
 
 
 def _config_class(module: ModuleType, experts: type) -> type[PretrainedConfig]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import families, tiny_model
+from families import families, output, tiny_model
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -27,14 +27,9 @@ def fused_calls(monkeypatch):
     return calls
 
 
-def output(model, implementation, ids):
+def output_with(model, implementation, ids):
     model.set_experts_implementation(implementation)
-    with torch.no_grad():
-        if "Talker" in type(model).__name__:  # takes embeddings of another model's making
-            result = model(inputs_embeds=model.codec_embedding(ids))
-        else:
-            result = model(input_ids=ids)
-    return result.logits if hasattr(result, "logits") else result.last_hidden_state
+    return output(model, ids)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -48,7 +43,7 @@ def test_logits_are_those_of_eager(family, experts, fused_calls):
             for parameter in bank.parameters():
                 parameter.normal_(std=0.2)
     ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
-    eager, ours = output(model, "eager", ids), output(model, "coterie", ids)
+    eager, ours = output_with(model, "eager", ids), output_with(model, "coterie", ids)
     assert float((eager - ours).norm() / eager.norm()) < 1e-5
     fused = [bridge.fused_activation(bank) for bank in banks]
     if None in fused:
@@ -64,10 +59,10 @@ def test_the_check_above_would_notice_a_wrong_expert(monkeypatch):
         for name, parameter in model.named_parameters():
             if "experts" in name:
                 parameter.normal_(std=0.2)
-    eager = output(model, "eager", ids)
+    eager = output_with(model, "eager", ids)
     swapped = bridge._dispatch
     monkeypatch.setattr(bridge, "_dispatch", lambda chosen, n: swapped((chosen + 1) % n, n))
-    assert float((eager - output(model, "coterie", ids)).norm() / eager.norm()) > 1e-2
+    assert float((eager - output_with(model, "coterie", ids)).norm() / eager.norm()) > 1e-2
 
 
 @pytest.fixture

@@ -1,7 +1,28 @@
 """The bridge to Hugging Face transformers. Importing it registers the `coterie` experts implementation."""
 
+from coterie.hf.blocks import MoEBlock, find_moe_blocks
 from coterie.hf.experts import experts_forward, register
+from coterie.hf.layout import BankLayout, BlockLayout, block_layout
+from coterie.hf.load import check_files, load
+from coterie.hf.save import check_expressible, save
+from coterie.hf.tensors import ExpertTensors, RouterTensors, pack, unpack
 
-__all__ = ["experts_forward", "register"]
+__all__ = [
+    "BankLayout",
+    "BlockLayout",
+    "ExpertTensors",
+    "MoEBlock",
+    "RouterTensors",
+    "block_layout",
+    "check_expressible",
+    "check_files",
+    "experts_forward",
+    "find_moe_blocks",
+    "load",
+    "pack",
+    "register",
+    "save",
+    "unpack",
+]
 
 register()

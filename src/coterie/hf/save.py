@@ -1,0 +1,80 @@
+"""Saving an edited model: for plain transformers, or with one expert count per layer."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+from transformers import PreTrainedModel
+
+from coterie.hf.blocks import MoEBlock, find_moe_blocks
+from coterie.hf.layout import FIELDS
+
+Format = Literal["transformers", "coterie"]
+MANIFEST = "coterie.json"
+
+
+def save(model: PreTrainedModel, folder: Path | str, format: Format = "transformers") -> None:
+    """Writes a model to a new folder, which appears whole or not at all.
+
+    Args:
+        model: with MoE blocks, edited or not.
+        folder: must not exist yet, or be empty; not the one that the model came from.
+        format: "transformers" is read by plain `from_pretrained`, without coterie. "coterie" also allows
+            layers to differ in experts, top_k and routing groups: the same files and a manifest,
+            `coterie.json`, read by `coterie.hf.load`.
+
+    Raises ValueError, before anything is written, if the folder is taken or the format cannot express the
+    model.
+    """
+    if format not in get_args(Format):
+        raise ValueError(f"format={format!r} is unknown; use one of {', '.join(get_args(Format))}")
+    folder = Path(folder)
+    check_output(folder, model.name_or_path or "")
+    blocks = find_moe_blocks(model)
+    if format == "transformers":
+        check_expressible(blocks, [block.num_experts for block in blocks])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        whole = Path(temporary) / folder.name
+        model.save_pretrained(whole)
+        if format == "coterie":
+            numbers = {b.name: {what: getattr(b.layout, what) for what in FIELDS} for b in blocks}
+            (whole / MANIFEST).write_text(json.dumps({"version": 1, "blocks": numbers}, indent=1) + "\n")
+        whole.replace(folder)
+
+
+def check_expressible(blocks: Sequence[MoEBlock], num_experts: Sequence[int]) -> None:
+    """Whether plain transformers could load the blocks with these expert counts; ask before the work begins.
+
+    Args:
+        blocks: of one model.
+        num_experts: of each block after an edit.
+
+    Raises ValueError if blocks that take their numbers from one configuration would differ.
+    """
+    first: dict[int, tuple[str, dict[str, int]]] = {}
+    for block, count in zip(blocks, num_experts, strict=True):
+        numbers = {what: getattr(block.layout, what) for what in FIELDS} | {"num_experts": count}
+        name, others = first.setdefault(id(block.config), (block.name, numbers))
+        for what, number in numbers.items():
+            if others[what] != number:
+                raise ValueError(
+                    f"{name} has {what}={others[what]} and {block.name} has {number}; "
+                    f"{type(block.config).__name__} holds one number for all layers. "
+                    'Make them equal or use format="coterie"'
+                )
+
+
+def check_output(folder: Path, source: str) -> None:
+    """Raises ValueError if a model cannot be written to `folder`.
+
+    Args:
+        folder: the output.
+        source: folder or name that the model came from.
+    """
+    if source and folder.resolve() == Path(source).resolve():
+        raise ValueError(f"{folder} is the folder the model came from; choose another for the output")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; choose a new folder or remove it first")
