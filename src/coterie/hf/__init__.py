@@ -4,12 +4,14 @@ from coterie.hf.blocks import MoEBlock, find_moe_blocks
 from coterie.hf.experts import experts_forward, register
 from coterie.hf.layout import BankLayout, BlockLayout, block_layout
 from coterie.hf.load import check_files, load
+from coterie.hf.record import BlockRecord, recording
 from coterie.hf.save import check_expressible, save
 from coterie.hf.tensors import ExpertTensors, RouterTensors, pack, unpack
 
 __all__ = [
     "BankLayout",
     "BlockLayout",
+    "BlockRecord",
     "ExpertTensors",
     "MoEBlock",
     "RouterTensors",
@@ -20,6 +22,7 @@ __all__ = [
     "find_moe_blocks",
     "load",
     "pack",
+    "recording",
     "register",
     "save",
     "unpack",

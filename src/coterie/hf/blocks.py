@@ -111,6 +111,17 @@ class MoEBlock:
         return config
 
     @property
+    def bank(self) -> nn.Module:
+        """The module of the experts, which transformers' experts interface calls."""
+        bank: nn.Module = self._bank
+        return bank
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer that the block is in."""
+        return self._model.get_submodule(self.name.rpartition(".")[0])
+
+    @property
     def experts(self) -> ExpertTensors:
         """All experts in one orientation: views of the model's parameters, which can be edited in place."""
         return unpack(self._stored(), self.layout.bank)
