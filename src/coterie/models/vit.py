@@ -93,10 +93,11 @@ class ViT(nn.Module):
         self.representation = nn.Sequential(nn.Linear(c.dim, c.dim), nn.Tanh()) if c.representation else None
         self.head = nn.Linear(c.dim, c.classes)
         nn.init.normal_(self.positions.weight, std=0.02)
-        for own in (self.patch_embed, self.head):
-            nn.init.xavier_uniform_(own.weight)
-            assert own.bias is not None
-            nn.init.zeros_(own.bias)
+        own: tuple[nn.Conv2d | nn.Linear, ...] = (self.patch_embed, self.head)
+        for module in own:
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -14,9 +14,11 @@ The paper trains on ImageNet, where its ViT with experts overfits and private no
 expected of 1000 images and four layers, and neither is claimed: both are in the table. A full run has eight
 layers and 1400 steps.
 
-The first plan was 14 epochs of images that stand still; then 1000 images are what all arms lack, more than
-parameters. The paper moves its images too. The change was made on seeds 10 to 12; the claims and their
-margins are those of the first plan.
+The first plan was 14 epochs of images that stand still. There WideNet does not beat a shared dense layer: on
+seeds 0 to 2 it reached 0.899, the dense layers 0.904 and 0.901, the ViT 0.922; after 30 epochs it reached
+0.943, they 0.947 and 0.948, the ViT 0.946. 1000 images are then what all arms lack, more than parameters. The
+paper moves its images too. The change was made on seeds 10 to 12; the claims and their margins are those of
+the first plan.
 """
 
 from functools import partial
