@@ -256,8 +256,8 @@ CLAIMS = [
         lambda arms: arms["digits/momentum"]["corrupted, %"] - arms["digits/smoe"]["corrupted, %"],
         at_least=0.4,
         note="Not momentum's doing alone: SMoE with a step of 0.3 does better still, by 1.5 points here. On "
-        "the handwritten digits momentum gains 0.2 points on seeds 0 to 3, too little, and 0.6 on seeds 0 to 7; "
-        "one seed's gain varies by 1.4.",
+        "the handwritten digits momentum gains 0.2 points on seeds 0 to 3, too little, and 0.6 on seeds 0 to "
+        "7; one seed's gain varies by 1.4.",
     ),
     Claim(
         "and on at most 0.3 points fewer of the clean ones",
