@@ -235,7 +235,6 @@ CLAIMS = [
         lambda arms: _gain(arms, "unlike"),
         at_least=1.5,
         over="each seed",
-        budget="smoke",
         note="Momentum's wider range is that of one curvature. Where tokens switch between experts that "
         "curve in different directions it is gone: 1.0 to 1.1 times that of SMoE on seeds 0 to 3, and with "
         "μ = 0.9 0.7 to 0.8 times. Tried, on seeds 100 and 101: tokens that start 0.1, 10 or 100 times as "
