@@ -102,7 +102,9 @@ def spectrum(seed: int, budget: Budget, data: Any, *, mu: float) -> Values:
         values["largest stable γ s"] = _last_stable(gamma_G, x_LG[-1] < 1)
     values["length by layer, κ = 100"] = list(enumerate(x_LG[:400, best].tolist()))
     for name, alike in (("alike", True), ("unlike", False)):
-        values[f"largest stable γ, four experts {name}"] = _four_experts(residual, alike)
+        values[f"largest stable γ, four experts {name}"] = _four_experts(
+            residual, alike, tokens=8 if budget == "smoke" else 32
+        )
     radius_G = spectral_radius(residual, gamma_G)
     values["factor per layer by γ s"] = list(zip(gamma_G[::4].tolist(), radius_G[::4].tolist(), strict=True))
     return values
@@ -111,7 +113,7 @@ def spectrum(seed: int, budget: Budget, data: Any, *, mu: float) -> Values:
 def digits(seed: int, budget: Budget, data: Any, *, residual: Callable[[int], Residual]) -> Values:
     """Digits in noise."""
     steps = {"smoke": 3, "standard": 300, "full": 1200}[budget]
-    images, labels = data or drawn_digits(1797, seed=0)
+    images, labels = data or drawn_digits(300 if budget == "smoke" else 1797, seed=0)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     cut = len(images) * 2 // 3
     training, test = order[:cut], order[cut:][: 64 if budget == "smoke" else None]
@@ -369,7 +371,7 @@ def _lengths(residual: Residual, hessian: Tensor, gamma_G: Tensor, start_D: Tens
 
 
 @torch.no_grad()
-def _four_experts(residual: Residual, alike: bool, tokens: int = 32, layers: int = 200) -> float:
+def _four_experts(residual: Residual, alike: bool, tokens: int, layers: int = 200) -> float:
     """The largest γ at which the mean of the tokens is bounded after so many layers of a sparse mixture."""
     eigenvalues = torch.logspace(0, -1, 16, dtype=torch.float64)
     hessian, experts = _symmetric(eigenvalues), [nn.Linear(16, 16).double() for _ in range(4)]
