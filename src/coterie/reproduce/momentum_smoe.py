@@ -257,7 +257,7 @@ CLAIMS = [
         "momentum is right on at least 0.4 points more of the noisy digits than SMoE",
         lambda arms: arms["digits/momentum"]["corrupted, %"] - arms["digits/smoe"]["corrupted, %"],
         at_least=0.4,
-        note="One seed's gain varies by 1.4 points, so that four seeds hardly decide this: 0.2 on seeds 0 to 3, "
+        note="One seed's gain varies by 1.4 points, so that four seeds hardly decide: 0.2 on seeds 0 to 3, "
         "0.6 on seeds 0 to 7. SMoE with a step of 0.3, without momentum, gains 0.7.",
     ),
     Claim(
