@@ -80,11 +80,11 @@ TEXT = DecoderConfig(
 
 def run(seed: int, budget: Budget, data: Any, *, affinity: str | None = None, tau: float = 1.0) -> Values:
     """One arm; τ is given in multiples of √D. Without an affinity it is plain top-2."""
-    epochs = EPOCHS[budget]
+    epochs, few = EPOCHS[budget], budget == "smoke"
     if data is None:
-        training, test, noisy = clustered_sequences(seed, training=64 if budget == "smoke" else 400)
+        training, test, noisy = clustered_sequences(seed, training=64 if few else 400)
     else:
-        training, test, noisy = _text_sequences(seed, *data)
+        training, test, noisy = _text_sequences(seed, *(part[:64] if few else part for part in data))
     torch.manual_seed(seed)
     model = _tagger(affinity, tau) if data is None else _decoder(affinity, tau)
     inputs, targets = test
