@@ -1,6 +1,7 @@
-"""Text as bytes: find it, split it, read it in windows, order it in batches."""
+"""Text as bytes: find it, split it, read it in windows, order it in batches; and generated text."""
 
 from coterie.data.batches import ShuffledBatches
+from coterie.data.domain_markov import domain_markov
 from coterie.data.files import Span, find_text, split_by_file, stdlib_sources
 from coterie.data.text import ByteCorpus, ByteWindows
 from coterie.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, byte_tokenizer
@@ -13,6 +14,7 @@ __all__ = [
     "ShuffledBatches",
     "Span",
     "byte_tokenizer",
+    "domain_markov",
     "find_text",
     "split_by_file",
     "stdlib_sources",
