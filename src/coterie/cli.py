@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from coterie.shrink.checkpoint import Shrunk
+    from coterie.shrink.result import Shrunk
 
 app = typer.Typer(
     name="coterie",

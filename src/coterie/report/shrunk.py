@@ -9,7 +9,7 @@ from coterie.report.paper import PaperPage, Table, write_paper_page
 from coterie.report.tables import format_bytes, format_count, format_number, format_rate, print_table
 
 if TYPE_CHECKING:
-    from coterie.shrink.checkpoint import Measured, Shrunk
+    from coterie.shrink.result import Measured, Shrunk
 
 BOUND = (
     "The result is bound to the text it was calibrated on: on other domains it can be far worse. "
@@ -71,7 +71,7 @@ def _after(shrunk: "Shrunk") -> str:
 
 
 def _rows(shrunk: "Shrunk") -> list[list[str]]:
-    rows: list[tuple[str, Callable[["Measured"], str]]] = [
+    rows: list[tuple[str, Callable[[Measured], str]]] = [
         ("on disk", lambda m: format_bytes(m.disk)),
         ("in memory", lambda m: format_bytes(m.sizes.memory)),
         ("parameters", lambda m: format_count(m.sizes.total)),

@@ -7,8 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,11 @@ from coterie.shrink.calibrate import (
     read_text,
 )
 from coterie.shrink.mask import save_mask
-from coterie.shrink.measure import Sizes, bytes_on_disk, interleaved_speed, perplexity, sizes
+from coterie.shrink.measure import bytes_on_disk, interleaved_speed, perplexity, sizes
 from coterie.shrink.merge import m_smoe
 from coterie.shrink.progress import Show, showing
-from coterie.shrink.prune import METHODS, OUTPUT_ERROR, check_keep, choose
+from coterie.shrink.prune import METHODS, OUTPUT_ERROR, check_keep, choose, restored
+from coterie.shrink.result import Measured, Shrunk
 
 MASK = "kept_experts.json"
 MERGES = {"m-smoe": m_smoe}
@@ -42,56 +42,6 @@ _KEPT_INPUTS = 2048  # tokens of each domain whose block inputs are kept, for me
 
 # (block, its records by domain, its number) → what each expert that is left is made of
 Edit = Callable[[MoEBlock, Sequence[BlockRecord], int], list[list[int]]]
-
-
-@dataclass
-class Measured:
-    """A model's sizes and what it does with held-out text.
-
-    Args:
-        sizes: parameters, and bytes in memory.
-        disk: bytes of its safetensors files.
-        perplexity: on the held-out end of the calibration text; None in a dry run.
-        speed: tokens per second of forward passes, the two models by turns; None in a dry run.
-    """
-
-    sizes: Sizes
-    disk: int
-    perplexity: float | None = None
-    speed: float | None = None
-
-
-@dataclass
-class Shrunk:
-    """What became of a checkpoint.
-
-    Args:
-        source: folder of the checkpoint.
-        out: new folder; None in a dry run, in which `after` is computed, not measured.
-        method: by which it was made smaller.
-        domains: the calibration files.
-        experts: block name → for each expert that is left, the old ids it is made of.
-        num_experts: block name → E before.
-        before: the checkpoint.
-        after: the new one.
-        calibration_tokens: of each domain.
-        heldout_tokens: of all domains.
-    """
-
-    source: str
-    out: str | None
-    method: str
-    domains: list[str]
-    experts: dict[str, list[list[int]]]
-    num_experts: dict[str, int]
-    before: Measured
-    after: Measured
-    calibration_tokens: list[int] = field(default_factory=list)
-    heldout_tokens: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, lists and text, as JSON holds them."""
-        return asdict(self)
 
 
 def prune_checkpoint(
@@ -322,16 +272,6 @@ class _Job:
             shrunk.after.disk = bytes_on_disk(draft)
             os.replace(draft, out)
         shrunk.out = str(out)
-
-
-@contextmanager
-def restored(blocks: Sequence[MoEBlock], states: Sequence[Snapshot]) -> Iterator[None]:
-    """The blocks as they were at their snapshots, while the context is open."""
-    with ExitStack() as trials:
-        for block, state in zip(blocks, states, strict=True):
-            trials.enter_context(block.trial())
-            block.restore(state)
-        yield
 
 
 def _measure(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from coterie.hf import BlockRecord, MoEBlock
+from coterie.hf.blocks import Snapshot
 from coterie.hf.edit import check_groups
 from coterie.shrink.importance import IMPORTANCE, importance, kept_experts, mixed
 
@@ -79,6 +80,16 @@ def pruned(blocks: Sequence[MoEBlock], kept: Sequence[Sequence[int]]) -> Iterato
         for block in blocks:
             trials.enter_context(block.trial())
         prune(blocks, kept)
+        yield
+
+
+@contextmanager
+def restored(blocks: Sequence[MoEBlock], states: Sequence[Snapshot]) -> Iterator[None]:
+    """The blocks as they were at their snapshots, while the context is open."""
+    with ExitStack() as trials:
+        for block, state in zip(blocks, states, strict=True):
+            trials.enter_context(block.trial())
+            block.restore(state)
         yield
 
 
