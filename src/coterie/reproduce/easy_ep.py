@@ -135,7 +135,7 @@ def _half(arms: Numbers, method: str) -> float:
 
 CLAIMS = [
     Claim(
-        "with the half of the experts that easy-ep keeps, the loss is at least 0.4 nats below a random half's",
+        "with the half of the experts that easy-ep keeps, the loss is 0.4 nats or more below a random half's",
         lambda arms: _half(arms, "random") - _half(arms, "easy-ep"),
         at_least=0.4,
     ),
