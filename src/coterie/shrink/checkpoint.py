@@ -1,7 +1,4 @@
-"""A checkpoint on disk, made smaller for the domains of some text: from checks to the new folder.
-
-prune_checkpoint(folder, out, keep=64, calib=["math.jsonl"])
-"""
+"""A checkpoint on disk, made smaller for the domains of some text: from checks to the new folder."""
 
 import os
 import shutil
@@ -10,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
@@ -51,7 +48,7 @@ def prune_checkpoint(
     keep: int,
     calib: Sequence[Path | str],
     method: str = "easy-ep",
-    format: Format = "transformers",
+    format: str = "transformers",
     dry_run: bool = False,
     max_tokens: int = 65536,
     seq_len: int = 512,
@@ -102,7 +99,7 @@ def merge_checkpoint(
     groups: int,
     calib: Sequence[Path | str],
     method: str = "m-smoe",
-    format: Format = "transformers",
+    format: str = "transformers",
     dry_run: bool = False,
     max_tokens: int = 65536,
     seq_len: int = 512,
@@ -143,7 +140,7 @@ class _Job:
     keep: int
     calib: Sequence[Path | str]
     method: str
-    format: Format
+    format: str
     dry_run: bool
     max_tokens: int
     seq_len: int
@@ -158,10 +155,14 @@ class _Job:
         blocks = find_moe_blocks(model)
         before, disk = sizes(model, blocks), bytes_on_disk(self.folder)
         names = {block.name: block.num_experts for block in blocks}
-        kept_calibration = None if self.dry_run or out is None else _beside(out)
+        folder = None
+        if out is not None and not self.dry_run:
+            folder = out.with_name(f"{out.name}.calibration") / identity(
+                self.folder, domains, self.keep_inputs
+            )
         with showing(sum(map(len, domains)) + len(blocks), progress) as show:
             whole = [block.snapshot() for block in blocks]
-            pairs = self._calibrate(model, blocks, domains, kept_calibration, show)
+            pairs = self._calibrate(model, blocks, domains, folder, show)
             experts = {}
             for number, (block, records) in enumerate(pairs):
                 experts[block.name] = edit(block, records, number)
@@ -185,12 +186,14 @@ class _Job:
             _measure(shrunk, model, blocks, whole, heldout)
             show.say(f"writing {out}")
             self._write(shrunk, model, blocks, whole, tokenizer, out)
-            if kept_calibration is not None:
-                shutil.rmtree(kept_calibration, ignore_errors=True)
+            if folder is not None and folder.exists():
+                shutil.rmtree(folder)
+                if not any(folder.parent.iterdir()):
+                    folder.parent.rmdir()
         return shrunk
 
     def _check_out(self) -> Path | None:
-        if self.format not in ("transformers", "coterie"):
+        if self.format not in get_args(Format):
             raise ValueError(f"no format {self.format!r}; use transformers or coterie")
         if self.out is None:
             if not self.dry_run:
@@ -235,8 +238,6 @@ class _Job:
         show: Show,
     ) -> Iterator[tuple[MoEBlock, list[BlockRecord]]]:
         """Each block with its records, one per domain."""
-        if folder is not None:
-            folder = folder / identity(self.folder, domains, self.keep_inputs)
         sources = [
             calibrated(
                 model,
@@ -263,7 +264,7 @@ class _Job:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
             draft = Path(temporary) / out.name
-            save(model, draft, self.format)
+            save(model, draft, cast(Format, self.format))
             if tokenizer is not None:
                 tokenizer.save_pretrained(draft)
             if all(len(ids) == 1 for groups in shrunk.experts.values() for ids in groups):
@@ -288,10 +289,6 @@ def _measure(
         largest = max(heldout, key=Tensor.numel)
         speeds = interleaved_speed(model, partial(restored, blocks, smaller), largest)
         shrunk.before.speed, shrunk.after.speed = speeds
-
-
-def _beside(out: Path) -> Path:
-    return out.with_name(f"{out.name}.calibration")
 
 
 def _tokenizer(folder: Path) -> Any:
