@@ -2,10 +2,14 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from coterie.shrink.result import Shrunk
 
 app = typer.Typer(
     name="coterie",
@@ -261,3 +265,117 @@ def reproduce(
         typer.echo(json_format.dumps(summaries if everything else summaries[0], ensure_ascii=False, indent=1))
     if not all(result.holds for result in results):
         raise typer.Exit(1)
+
+
+_Calib = Annotated[
+    list[Path],
+    typer.Option(help="Text or .jsonl of a domain; repeat for more domains. Its last tenth is held out."),
+]
+_Out = Annotated[Path | None, typer.Option(help="A new folder; not needed with --dry-run.")]
+_Format = Annotated[
+    str, typer.Option(help="transformers: loads without coterie. coterie: layers may differ, too.")
+]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be kept; write nothing.")]
+_Report = Annotated[
+    bool, typer.Option("--report", help="Write OUT/report.html, too, unless it is a dry run.")
+]
+_Tokens = Annotated[int, typer.Option(help="Calibrate on this many tokens of each domain at most.")]
+_SeqLen = Annotated[int, typer.Option(help="Tokens of a sequence at most.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")]
+
+
+@app.command()
+def prune(
+    model: Annotated[Path, typer.Argument(help="Folder of a checkpoint, with its tokenizer.")],
+    calib: _Calib,
+    keep: Annotated[int, typer.Option(help="Experts to keep in each layer.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="easy-ep, reap, frequency, gating, gating-norm, gating-token, random; or output-error, "
+            "which tries all choices where they are few."
+        ),
+    ] = "easy-ep",
+    out: _Out = None,
+    report: _Report = False,
+    dry_run: _DryRun = False,
+    format: _Format = "transformers",
+    tokens: _Tokens = 65536,
+    seq_len: _SeqLen = 512,
+    seed: Annotated[int, typer.Option(help="Of the method random.")] = 0,
+    json: _Json = False,
+) -> None:
+    """Keep the experts that some text needs and delete the others; compare before and after.
+
+    Run it again after an interruption and it goes on with the calibration that was done.
+    """
+    from coterie.shrink.checkpoint import prune_checkpoint
+
+    _shrink(
+        lambda: prune_checkpoint(
+            model,
+            out,
+            keep=keep,
+            calib=calib,
+            method=method,
+            format=format,
+            dry_run=dry_run,
+            max_tokens=tokens,
+            seq_len=seq_len,
+            seed=seed,
+        ),
+        report and not dry_run,
+        json,
+    )
+
+
+@app.command()
+def merge(
+    model: Annotated[Path, typer.Argument(help="Folder of a checkpoint, with its tokenizer.")],
+    calib: _Calib,
+    groups: Annotated[int, typer.Option(help="Experts that are left in each layer.")],
+    method: Annotated[str, typer.Option(help="m-smoe.")] = "m-smoe",
+    out: _Out = None,
+    report: _Report = False,
+    dry_run: _DryRun = False,
+    format: _Format = "transformers",
+    tokens: _Tokens = 65536,
+    seq_len: _SeqLen = 512,
+    json: _Json = False,
+) -> None:
+    """Merge experts that are alike, group by group; compare before and after."""
+    from coterie.shrink.checkpoint import merge_checkpoint
+
+    _shrink(
+        lambda: merge_checkpoint(
+            model,
+            out,
+            groups=groups,
+            calib=calib,
+            method=method,
+            format=format,
+            dry_run=dry_run,
+            max_tokens=tokens,
+            seq_len=seq_len,
+        ),
+        report and not dry_run,
+        json,
+    )
+
+
+def _shrink(run: Callable[[], "Shrunk"], report: bool, json: bool) -> None:
+    from coterie.report.shrunk import print_shrunk, write_shrunk_page
+
+    try:
+        shrunk = run()
+    except KeyboardInterrupt:
+        typer.echo("coterie: interrupted; the same command goes on with what is left", err=True)
+        raise typer.Exit(130) from None
+    if report:
+        write_shrunk_page(Path(str(shrunk.out)) / "report.html", shrunk)
+    if json:
+        import json as json_format
+
+        typer.echo(json_format.dumps(shrunk.to_dict(), ensure_ascii=False, indent=1))
+    else:
+        print_shrunk(shrunk)

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,19 @@ def test_without_experts_that_are_never_chosen_it_gives_the_same_logits(model, t
     saved = reloaded(model, tmp_path / "saved")
     assert [block.num_experts for block in find_moe_blocks(saved)] == [len(KEPT)] * len(blocks)
     assert_close(output(saved, IDS), before)
+
+
+def test_after_a_trial_it_is_what_it_was(model):
+    before, numbers = output(model, IDS), [block.layout for block in find_moe_blocks(model)]
+    blocks = find_moe_blocks(model)
+    with ExitStack() as trials:
+        for block in blocks:
+            trials.enter_context(block.trial())
+            block.keep(KEPT)
+        assert [block.num_experts for block in find_moe_blocks(model)] == [len(KEPT)] * len(blocks)
+    assert [block.layout for block in blocks] == numbers
+    assert [block.layout for block in find_moe_blocks(model)] == numbers
+    assert torch.equal(output(model, IDS), before)
 
 
 def test_renumbering_its_experts_gives_the_same_logits(model):

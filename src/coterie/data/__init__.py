@@ -2,6 +2,7 @@
 
 from coterie.data.batches import ShuffledBatches
 from coterie.data.corruption import attack_tokens, corrupt_images
+from coterie.data.domain_markov import domain_markov
 from coterie.data.files import Span, find_text, split_by_file, stdlib_sources
 from coterie.data.images import digits, read_digits
 from coterie.data.text import ByteCorpus, ByteWindows
@@ -18,6 +19,7 @@ __all__ = [
     "byte_tokenizer",
     "corrupt_images",
     "digits",
+    "domain_markov",
     "find_text",
     "read_digits",
     "split_by_file",

@@ -3,7 +3,7 @@
 from coterie.hf.blocks import MoEBlock, find_moe_blocks
 from coterie.hf.experts import experts_forward, register
 from coterie.hf.layout import BankLayout, BlockLayout, block_layout
-from coterie.hf.load import check_files, load
+from coterie.hf.load import check_files, load, outline
 from coterie.hf.record import BlockRecord, recording
 from coterie.hf.save import check_expressible, save
 from coterie.hf.tensors import ExpertTensors, RouterTensors, pack, unpack
@@ -21,6 +21,7 @@ __all__ = [
     "experts_forward",
     "find_moe_blocks",
     "load",
+    "outline",
     "pack",
     "recording",
     "register",

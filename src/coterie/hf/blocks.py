@@ -5,8 +5,9 @@ for block in find_moe_blocks(model):
 save(model, folder)
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,6 +52,14 @@ def find_moe_blocks(model: PreTrainedModel) -> list["MoEBlock"]:
             f"{type(model).__name__} has no MoE block with transformers' experts interface{hint}"
         )
     return list(blocks.values())
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The tensors and numbers of a block at one time; `MoEBlock.snapshot` makes it."""
+
+    stored: Mapping[str, Tensor]
+    layout: BlockLayout
 
 
 class MoEBlock:
@@ -194,6 +203,24 @@ class MoEBlock:
         new = pack(experts, self.layout.bank) if experts is not None else {}
         new |= self._router_roles(router) if router is not None else {}
         self._write(edit.replace(self.layout, self._stored(), ids, new))
+
+    def snapshot(self) -> "Snapshot":
+        """What the block is now, for `restore`. Copies nothing: values changed in place stay changed."""
+        return Snapshot(self._stored(), self.layout)
+
+    def restore(self, state: "Snapshot") -> None:
+        """Makes the block what it was, or was made into, at a snapshot."""
+        self._write(dict(state.stored))
+        self._set_numbers(state.layout)
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Undoes, when the context closes, whatever edits were made inside."""
+        state = self.snapshot()
+        try:
+            yield
+        finally:
+            self.restore(state)
 
     def set_top_k(self, k: int) -> None:
         """Sends each token to `k` experts from now on; raises ValueError unless 1 ≤ k ≤ E."""

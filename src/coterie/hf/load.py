@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 
@@ -36,6 +37,22 @@ def load(folder: Path | str, **options: Any) -> PreTrainedModel:
         raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
     if manifest.exists():
         model.__class__ = model_class.__base__
+    return model
+
+
+def outline(folder: Path | str) -> PreTrainedModel:
+    """The model that `load` would load, on the meta device: names, shapes and numbers, no weight is read.
+
+    Raises ValueError as `load`.
+    """
+    folder = Path(folder)
+    check_files(folder)
+    model_class, manifest = _model_class(folder), folder / MANIFEST
+    if manifest.exists():
+        model_class = _with_blocks(model_class, json.loads(manifest.read_text())["blocks"])
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class(AutoConfig.from_pretrained(folder))
+    model.train(False)
     return model
 
 
