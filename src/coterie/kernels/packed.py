@@ -2,15 +2,15 @@
 
 A *level* is the small whole number a weight was rounded to: -2^(b-1) … 2^(b-1) - 1 with b bits, and -1 or +1
 with one. Levels are stored as two's complement (one bit: +1 is 1) with exactly b bits each. A row block of 16
-output rows × a unit of 32 input columns is b vectors of 16 words of 32 bits, one word per row: columns 2i in a
-word's lower half, columns 2i + 1 in its upper half, so that one shift of a vector brings a pair of columns of
-all 16 rows to where a table look-up wants them, without crossing rows. 3 bits do not divide 16: a half word
-holds five codes and a spare bit, and the spare bits of the three words of a row are its 16th pair. So 3-bit
-weights take 3 bits, at the price of a few instructions per 32 columns, where planes of 2 + 1 bits would need
-two look-ups for every pair.
+output rows × a unit of 32 input columns is b vectors of 16 words of 32 bits, one word per row: columns 2i lie
+in a word's lower half, columns 2i + 1 in its upper half, so that one shift of a vector brings a pair of
+columns of all 16 rows to where a table look-up wants them, without crossing rows. 3 bits do not divide 16: a
+half word holds five codes and a spare bit, and the spare bits of the three words of a row are its 16th pair.
+So 3-bit weights take exactly 3 bits, at the price of a few instructions per 32 columns, where planes of 2 + 1
+bits would need two look-ups for every pair.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class PackedWeight:
         codes: int32 [..., R, C, bits, 16]; see the module's docstring.
         scales: bfloat16 [..., R, G, 16]: the range of float32 in 16 bits, and one shift to read.
         zeros: int8 [..., R, G, 16] whole levels; None for symmetric weights (zero = 0).
-        input_scale: float32 [..., in], what an input column is multiplied by before the product (AWQ); or None.
+        input_scale: float32 [..., in], by which inputs are multiplied before the product (AWQ); or None.
         out: rows of a matrix.
         columns: its columns (`in`).
         bits: 1, 2, 3, 4 or 8.
@@ -102,7 +102,7 @@ class PackedWeight:
 
     def __getitem__(self, index: int) -> "PackedWeight":
         """One matrix, or stack of them, along the first leading dimension; a view."""
-        return replace(self, **{name: t[index] for name, t in self.tensors().items()})
+        return self.from_tensors({name: t[index] for name, t in self.tensors().items()}, self.metadata())
 
     def levels(self) -> Tensor:
         """[..., out, in] int8."""
@@ -128,8 +128,16 @@ class PackedWeight:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, int]) -> "PackedWeight":
         """The inverse of `tensors` and `metadata`."""
-        kept = {name: tensors.get(name) for name in ("zeros", "input_scale")}
-        return cls(tensors["codes"], tensors["scales"], **kept, **metadata)
+        return cls(
+            tensors["codes"],
+            tensors["scales"],
+            tensors.get("zeros"),
+            tensors.get("input_scale"),
+            metadata["out"],
+            metadata["columns"],
+            metadata["bits"],
+            metadata["group_size"],
+        )
 
     def _per_column(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
         values = blocks.transpose(-1, -2).flatten(-3, -2)[..., : self.out, :].to(dtype)
@@ -172,9 +180,9 @@ def pack(levels: Tensor, bits: int) -> Tensor:
     codes = (levels > 0).long() if bits == 1 else levels.long() & (2**bits - 1)
     out, columns = codes.shape[-2:]
     codes = F.pad(codes, (0, -columns % COLUMNS, 0, -out % ROWS))
-    # [..., row block, row, unit, pair, half] → [..., row block, unit, row, pair, half]
-    codes = codes.unflatten(-1, (-1, COLUMNS // 2, 2)).unflatten(-4, (-1, ROWS)).transpose(-4, -3)
-    words = codes.new_zeros(*codes.shape[:-3], bits, ROWS)
+    blocks, units = codes.shape[-2] // ROWS, codes.shape[-1] // COLUMNS
+    codes = codes.view(*levels.shape[:-2], blocks, ROWS, units, COLUMNS // 2, 2).transpose(-4, -3)
+    words = codes.new_zeros(*levels.shape[:-2], blocks, units, bits, ROWS)
     for pair, half, word, shift, taken in _places(bits):
         words[..., word, :] |= ((codes[..., pair, half] >> taken[0]) & taken[1]) << shift
     return (words - ((words >> 31) << 32)).to(torch.int32)  # as signed
@@ -188,7 +196,8 @@ def unpack(codes: Tensor, bits: int) -> Tensor:
     for pair, half, word, shift, taken in _places(bits):
         found[..., pair, half] |= ((words[..., word, :] >> shift) & taken[1]) << taken[0]
     levels = 2 * found - 1 if bits == 1 else (found ^ 2 ** (bits - 1)) - 2 ** (bits - 1)
-    return levels.flatten(-2).transpose(-3, -2).flatten(-2).flatten(-3, -2).to(torch.int8)
+    levels = levels.flatten(-2).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+    return levels.to(torch.int8)
 
 
 def _places(bits: int) -> list[tuple[int, int, int, int, tuple[int, int]]]:
@@ -206,4 +215,4 @@ def _places(bits: int) -> list[tuple[int, int, int, int, tuple[int, int]]]:
 def _to_blocks(values: Tensor) -> Tensor:
     """[..., out, G] → [..., R, G, 16]; rows past the last get 0."""
     values = F.pad(values, (0, 0, 0, -values.shape[-2] % ROWS))
-    return values.unflatten(-2, (-1, ROWS)).transpose(-1, -2).contiguous()
+    return values.view(*values.shape[:-2], -1, ROWS, values.shape[-1]).transpose(-1, -2).contiguous()
