@@ -177,7 +177,7 @@ def pack(levels: Tensor, bits: int) -> Tensor:
     low, high = level_range(check_bits(bits))
     if bool(((levels < low) | (levels > high)).any()) or (bits == 1 and bool((levels == 0).any())):
         raise ValueError(f"levels of {bits} bits are {'-1 or 1' if bits == 1 else f'{low} … {high}'}")
-    codes = (levels > 0).long() if bits == 1 else levels.long() & (2**bits - 1)
+    codes = (levels > 0).int() if bits == 1 else levels.int() & (2**bits - 1)
     out, columns = codes.shape[-2:]
     codes = F.pad(codes, (0, -columns % COLUMNS, 0, -out % ROWS))
     blocks, units = codes.shape[-2] // ROWS, codes.shape[-1] // COLUMNS
@@ -185,16 +185,14 @@ def pack(levels: Tensor, bits: int) -> Tensor:
     words = codes.new_zeros(*levels.shape[:-2], blocks, units, bits, ROWS)
     for pair, half, word, shift, taken in _places(bits):
         words[..., word, :] |= ((codes[..., pair, half] >> taken[0]) & taken[1]) << shift
-    return (words - ((words >> 31) << 32)).to(torch.int32)  # as signed
+    return words
 
 
 def unpack(codes: Tensor, bits: int) -> Tensor:
     """The levels behind `pack`'s codes, int8 [..., 16 R, 32 C], padding included."""
-    words = codes.long()
-    shape = (*words.shape[:-2], ROWS, COLUMNS // 2, 2)
-    found = words.new_zeros(shape)
+    found = codes.new_zeros(*codes.shape[:-2], ROWS, COLUMNS // 2, 2)
     for pair, half, word, shift, taken in _places(bits):
-        found[..., pair, half] |= ((words[..., word, :] >> shift) & taken[1]) << taken[0]
+        found[..., pair, half] |= ((codes[..., word, :] >> shift) & taken[1]) << taken[0]
     levels = 2 * found - 1 if bits == 1 else (found ^ 2 ** (bits - 1)) - 2 ** (bits - 1)
     levels = levels.flatten(-2).transpose(-3, -2).flatten(-2).flatten(-3, -2)
     return levels.to(torch.int8)
