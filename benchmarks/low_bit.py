@@ -2,10 +2,10 @@
 
     python -m benchmarks.low_bit [--quick] [--json FILE] [--threads N] [--tokens 1,16] [--dtype float32]
 
-Every bank takes its turn within each round, on the same tokens and routing; a row keeps the median. Tokens and
-routing change from round to round, so that decoding reads experts the caches do not hold. bfloat16 is the
-native kernel on the unquantised bank (for --dtype float32 too: then the bank is float32). GB/s counts the bytes
-of the experts that were chosen.
+Every bank takes its turn within each round, on the same tokens and routing; a row keeps the median. Tokens
+and routing change from round to round, and the other banks' turns lie between, so that experts come from
+memory. The baseline is the native kernel on the unquantised bank, in bfloat16 or the --dtype given. GB/s
+counts the bytes of the experts that were chosen.
 """
 
 import argparse
