@@ -113,6 +113,18 @@ def test_calibrated_experts_err_less_than_rounded_ones_at_the_layers_output():
         assert (careful - exact).norm() < (0.8 if method == "gptq" else 1.0) * (simple - exact).norm()
 
 
+def test_a_compiled_layer_and_one_under_autocast_compute_the_same():
+    moe = mixture(QuantizedExperts.from_bank(SwiGLUExperts(4, 32, 48, bias=True), bits=4))
+    x = torch.randn(5, 32)
+    with torch.no_grad():
+        expected = moe(x)[0]
+        assert torch.equal(torch.compile(moe, backend="eager")(x)[0], expected)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = moe(x)[0]
+    assert cast.dtype == torch.bfloat16
+    assert float((cast.float() - expected).norm() / expected.norm()) < 0.02
+
+
 def test_wrong_counts_are_refused():
     with pytest.raises(ValueError, match="3 bit widths for 4 experts"):
         QuantizedExperts.from_bank(SwiGLUExperts(4, 32, 32), bits=[2, 3, 4])

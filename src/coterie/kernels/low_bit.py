@@ -76,13 +76,13 @@ def low_bit_mlp(
         weights_TK: combine weights [T, K].
         dispatch: the slots sorted by expert (`Routing.dispatch`).
         bank: the experts.
-        b_in: bias [E, F], or [E, 2F] when gated, or None.
-        b_out: bias [E, O], or None.
+        b_in: bias [E, F], or [E, 2F] when gated, or None; cast to the dtype of the tokens.
+        b_out: bias [E, O], or None; likewise.
         activation: a name in `ACTIVATIONS`.
         backend: "reference", "torch" or "native"; None takes `default_backend()`.
 
-    Returns [T, O] in the dtype of `x_TD`. A token without a used slot gets zeros. Gradients flow to
-    `x_TD`, `weights_TK` and the biases.
+    Returns [T, O] in the dtype of `x_TD` (of autocast inside an autocast region). A token without a used slot
+    gets zeros. Gradients flow to `x_TD`, `weights_TK` and the biases.
 
     Raises ValueError for widths that do not fit, an unknown activation or backend.
     """
@@ -97,6 +97,11 @@ def low_bit_mlp(
     name = backend or default_backend()
     if name not in available_backends():
         raise ValueError(f"backend={name!r} is not available here; use {' or '.join(available_backends())}")
+    device = x_TD.device.type
+    if torch.is_autocast_enabled(device):
+        x_TD = x_TD.to(torch.get_autocast_dtype(device))
+    b_in = None if b_in is None else b_in.to(x_TD.dtype)
+    b_out = None if b_out is None else b_out.to(x_TD.dtype)
     biases = [b for b in (b_in, b_out) if b is not None]
     if name == "native" and native_low_bit.supported(x_TD, weights_TK, dispatch, biases, activation):
         return native_low_bit.low_bit_mlp(
@@ -111,7 +116,8 @@ def low_bit_mlp(
             activation,
             bank.gated,
         )
-    return _dequantize_and_multiply(x_TD, weights_TK, dispatch, bank, b_in, b_out, activation, name)
+    with torch.autocast(device, enabled=False):
+        return _dequantize_and_multiply(x_TD, weights_TK, dispatch, bank, b_in, b_out, activation, name)
 
 
 def _dequantize_and_multiply(

@@ -10,10 +10,7 @@
 
 constexpr long BLOCK_ROWS = 16, UNIT = 32, BLOCK_UNITS = 4;
 constexpr int SUMS = 4;                       // independent chains: one would wait for its own last addition
-#ifndef QA
-#define QA 1024
-#endif
-constexpr long AHEAD = QA;                   // words: memory this far on is asked for now
+constexpr long AHEAD = 512;                   // words: memory this far on is asked for now
 constexpr int TOKENS = LANES == 16 ? 4 : 2;   // whose sums fit into the registers beside the codes
 
 typedef int8_t VB __attribute__((vector_size(LANES)));
