@@ -1,5 +1,8 @@
 """Smaller checkpoints: which experts to keep, merge or store in fewer bits."""
 
+from coterie.kernels import PackedWeight
+from coterie.shrink.experts import QuantizedExperts
+from coterie.shrink.gptq import HessianMean, gptq
 from coterie.shrink.importance import IMPORTANCE, importance, kept_experts, mixed, overlap
 from coterie.shrink.mask import load_mask, save_mask
 from coterie.shrink.measure import Sizes, bytes_on_disk, interleaved_speed, perplexity, sizes
@@ -14,14 +17,20 @@ from coterie.shrink.prune import (
     pruned,
     restored,
 )
+from coterie.shrink.quantize import awq, rtn
 
 __all__ = [
     "IMPORTANCE",
     "METHODS",
+    "HessianMean",
+    "PackedWeight",
+    "QuantizedExperts",
     "Silenced",
     "Sizes",
+    "awq",
     "bytes_on_disk",
     "choose",
+    "gptq",
     "importance",
     "interleaved_speed",
     "kept_experts",
@@ -35,6 +44,7 @@ __all__ = [
     "prune",
     "pruned",
     "restored",
+    "rtn",
     "save_mask",
     "sizes",
 ]
