@@ -66,6 +66,7 @@ TINY = {
 
 # What the sizes above do not settle.
 MORE: dict[str, dict[str, object]] = {
+    "cohere2_moe": {"num_shared_experts": 1},
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"]},
     "deepseek_ocr2": {"mlp_layer_types": ["sparse"] * LAYERS},
     "dots1": {"n_shared_experts": 1},
@@ -84,6 +85,7 @@ MORE: dict[str, dict[str, object]] = {
         }
     },
     "glm5_next": {"qk_rope_head_dim": 0},
+    "granitemoeshared": {"shared_intermediate_size": 32},
     "hy_v4": {"indexer_types": ["full"] * LAYERS},
     "hy_v4_vl": {
         "indexer_types": ["full"] * LAYERS,
