@@ -207,6 +207,38 @@ def _part_options(args: list[str]) -> list[tuple[str, object]]:
 
 
 @app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="Folder of a checkpoint: config.json and safetensors.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text file, folder, .jsonl, saved dataset, or ids as .pt or .safetensors; repeat to compare."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Of each text, at most.")] = 4096,
+    html: Annotated[Path | None, typer.Option(help="Write the routing explorer here, one page.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")] = False,
+) -> None:
+    """Say what each expert of a checkpoint does with some text; one layer is in memory at a time."""
+    from coterie.inspect import inspect, print_inspection, show_progress, write_page
+
+    try:
+        with show_progress() as progress:
+            found = inspect(model, text or [], tokens=tokens, progress=progress)
+    except KeyboardInterrupt:
+        typer.echo("coterie: interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from None
+    if html:
+        write_page(html, found, command="coterie " + " ".join(sys.argv[1:]))
+    if json:
+        typer.echo(found.to_json())
+        return
+    print_inspection(found)
+    if html:
+        typer.echo(f"\nexplorer    {html}")
+
+
+@app.command()
 def papers(
     query: Annotated[
         list[str] | None, typer.Argument(help="Words to look for, or one paper's slug for its card.")

@@ -40,9 +40,14 @@ def save(model: PreTrainedModel, folder: Path | str, format: Format = "transform
         whole = Path(temporary) / folder.name
         model.save_pretrained(whole)
         if format == "coterie":
-            numbers = {b.name: {what: getattr(b.layout, what) for what in FIELDS} for b in blocks}
-            (whole / MANIFEST).write_text(json.dumps({"version": 1, "blocks": numbers}, indent=1) + "\n")
+            (whole / MANIFEST).write_text(manifest(blocks))
         whole.replace(folder)
+
+
+def manifest(blocks: Sequence[MoEBlock]) -> str:
+    """The numbers of each block as JSON: the content of `coterie.json`."""
+    numbers = {b.name: {what: getattr(b.layout, what) for what in FIELDS} for b in blocks}
+    return json.dumps({"version": 1, "blocks": numbers}, indent=1) + "\n"
 
 
 def check_expressible(blocks: Sequence[MoEBlock], num_experts: Sequence[int]) -> None:
