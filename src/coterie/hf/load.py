@@ -28,13 +28,14 @@ def load(folder: Path | str, **options: Any) -> PreTrainedModel:
     """
     folder = Path(folder)
     check_files(folder)
+    built = model_class(folder)
     model: PreTrainedModel
-    model, found = model_class(folder).from_pretrained(folder, output_loading_info=True, **options)
+    model, found = built.from_pretrained(folder, output_loading_info=True, **options)
     missing = sorted(found["missing_keys"])
     if missing:  # transformers would leave them at random values
         raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
     if (folder / MANIFEST).exists():
-        model.__class__ = type(model).__base__
+        model.__class__ = built.__base__
     return model
 
 
