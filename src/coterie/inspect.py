@@ -116,7 +116,7 @@ def inspect(
     found = Inspection(str(model), _names(texts), sizes, [], [], [], [], [], passage)
     kept: list[list[list[int]]] = [[] for _ in texts]
     # one sequence at a time: attention's memory grows with the batch
-    batches = [batch for ids in ids_BS for batch in ids.split(1)]
+    batches = [batch for ids in ids_BS for batch in ids.split(1)]  # type: ignore[no-untyped-call]
     for block, record in stream_records(checkpoint, batches):
         parts = [_part(record, at, size) for at, size in _starts(sizes)]
         found.layers.append(_layer(block, record, parts, ids_T, name))

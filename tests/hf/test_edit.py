@@ -184,13 +184,16 @@ def test_merge_and_append_refuse_what_they_cannot_do():
         pack(unpack(stored, BANKS[0]), BankLayout(gated=False, biased=True))
 
 
-def test_an_unknown_router_is_refused_by_name():
+def test_unknown_names_are_refused():
     shapes = {
         "m.experts.gate_up_proj": (4, 6, 5),
         "m.experts.down_proj": (4, 5, 3),
         "m.chooser.weight": (4, 5),
     }
     with pytest.raises(ValueError, match="no router found beside the experts"):
+        block_layout("m", "experts", shapes, BankLayout(), top_k=2)
+    shapes |= {"m.gate.weight": (4, 5), "m.experts.down_proj_scale_inv": (4, 1, 1)}
+    with pytest.raises(ValueError, match="down_proj_scale_inv also has an entry per expert"):
         block_layout("m", "experts", shapes, BankLayout(), top_k=2)
     with pytest.raises(ValueError, match="holds top_k under none of"):
         read_field({"experts_each": 2}, "top_k")

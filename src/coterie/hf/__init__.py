@@ -5,7 +5,7 @@ from coterie.hf.calibration import calibration_ids, holds_ids, load_tokenizer
 from coterie.hf.checkpoint import Checkpoint
 from coterie.hf.experts import experts_forward, register
 from coterie.hf.layout import BankLayout, BlockLayout, block_layout
-from coterie.hf.load import check_files, load
+from coterie.hf.load import check_files, load, outline
 from coterie.hf.record import BlockRecord, recording
 from coterie.hf.rewrite import Writer, rewriting, save_pruned
 from coterie.hf.save import check_expressible, save
@@ -30,6 +30,7 @@ __all__ = [
     "holds_ids",
     "load",
     "load_tokenizer",
+    "outline",
     "pack",
     "recording",
     "register",

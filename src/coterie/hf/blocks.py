@@ -5,8 +5,9 @@ for block in find_moe_blocks(model):
 save(model, folder)
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,6 +52,14 @@ def find_moe_blocks(model: PreTrainedModel) -> list["MoEBlock"]:
             f"{type(model).__name__} has no MoE block with transformers' experts interface{hint}"
         )
     return list(blocks.values())
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The tensors and numbers of a block at one time; `MoEBlock.snapshot` makes it."""
+
+    stored: Mapping[str, Tensor]
+    layout: BlockLayout
 
 
 class MoEBlock:
@@ -130,10 +139,13 @@ class MoEBlock:
     def router(self) -> RouterTensors:
         """The router's entries of the E routed experts: views, which can be edited in place."""
         stored, e = self._stored(), self.num_experts
-        roles = {role: stored[role][:e] for role in ("rows", "bias", "scale") if role in stored}
-        if "selection_bias" in stored:
-            roles["selection_bias"] = stored["selection_bias"].flatten()[:e]
-        return RouterTensors(**roles)
+        selection = stored.get("selection_bias")
+        return RouterTensors(
+            rows=stored["rows"][:e],
+            bias=stored["bias"][:e] if "bias" in stored else None,
+            selection_bias=None if selection is None else selection.flatten()[:e],
+            scale=stored["scale"][:e] if "scale" in stored else None,
+        )
 
     @property
     def shared(self) -> nn.Module | None:
@@ -192,6 +204,24 @@ class MoEBlock:
         new |= self._router_roles(router) if router is not None else {}
         self._write(edit.replace(self.layout, self._stored(), ids, new))
 
+    def snapshot(self) -> "Snapshot":
+        """What the block is now, for `restore`. Copies nothing: values changed in place stay changed."""
+        return Snapshot(self._stored(), self.layout)
+
+    def restore(self, state: "Snapshot") -> None:
+        """Makes the block what it was, or was made into, at a snapshot."""
+        self._write(dict(state.stored))
+        self._set_numbers(state.layout)
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Undoes, when the context closes, whatever edits were made inside."""
+        state = self.snapshot()
+        try:
+            yield
+        finally:
+            self.restore(state)
+
     def set_top_k(self, k: int) -> None:
         """Sends each token to `k` experts from now on; raises ValueError unless 1 ≤ k ≤ E."""
         if not 1 <= k <= self.num_experts:
@@ -249,7 +279,7 @@ class MoEBlock:
         self._check_config()
         for block in (self, *self.also):
             block.layout = replace(block.layout, **changed)
-            modules.write_numbers(self._model, block.layout, self._bank, changed)
+            modules.write_numbers(self._model, block.layout, block._bank, changed)
 
     def _check_config(self) -> None:
         if not any(config is self.config for config in modules.configs(self._model.config)):

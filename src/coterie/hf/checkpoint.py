@@ -108,7 +108,7 @@ class Checkpoint:
         load_config = LoadStateDictConfig(
             dtype=self.model.dtype,
             dtype_plan=self.model._get_dtype_plan(self.model.dtype),
-            weight_mapping=get_model_conversion_mapping(self.model),
+            weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]
         )
         with self.stored(part) as tensors, _one_by_one():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, load_config)
@@ -138,7 +138,7 @@ class Checkpoint:
             path: safe_open(path, "pt", backend="pread")
             for path in sorted({self._shard_of[name] for name in names})
         }
-        yield {name: files[self._shard_of[name]].get_slice(name) for name in names}
+        yield {name: files[self._shard_of[name]].get_slice(name) for name in names}  # type: ignore[no-untyped-call]
 
     def as_stored(self, part: str) -> dict[str, Tensor]:
         """The tensors of a loaded part in the names and forms that they have on disk."""
@@ -203,13 +203,13 @@ def _stack(blocks: list[MoEBlock]) -> str:
 def _one_by_one() -> Iterator[None]:
     """transformers reads a tensor when it converts it, not all in threads before; no progress bar."""
     shown, setting = logging.is_progress_bar_enabled(), os.environ.get(SEQUENTIAL)
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     os.environ[SEQUENTIAL] = "1"
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
         if setting is None:
             del os.environ[SEQUENTIAL]
         else:

@@ -47,20 +47,20 @@ def merge(
     check_sources(layout, groups)
     if [len(g) for g in groups] != [len(w) for w in weights]:
         raise ValueError("merge needs one weight for each member of each group")
-    mixing = torch.zeros(len(groups), layout.num_experts)
-    for row, (members, shares) in enumerate(zip(groups, weights, strict=True)):
+    for row, shares in enumerate(weights):
         if sum(shares) == 0:
             raise ValueError(f"the weights of group {row} add up to 0")
-        for member, share in zip(members, shares, strict=True):
-            mixing[row, member] += share / sum(shares)
     edited = {}
     for role, tensor in stored.items():
         if role == "hash_table":
             edited[role] = _renumber(layout, tensor, groups)
             continue
         body, tail = _body_and_tail(layout, role, tensor)
-        mixed = torch.tensordot(mixing.to(tensor.device), body.float().movedim(_axis(role), 0), 1)
-        edited[role] = torch.cat((mixed.movedim(0, _axis(role)).to(tensor.dtype), tail), _axis(role))
+        axis, means = _axis(role), []
+        for members, shares in zip(groups, weights, strict=True):  # one by one: a bank in float32 is large
+            parts = [body.select(axis, i).float() * w for i, w in zip(members, shares, strict=True)]
+            means.append((torch.stack(parts).sum(0) / sum(shares)).to(tensor.dtype))
+        edited[role] = torch.cat((torch.stack(means, axis), tail), axis)
     return edited
 
 
@@ -167,9 +167,8 @@ def _axis(role: str) -> int:
 
 
 def _body_and_tail(layout: BlockLayout, role: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    sizes = [layout.num_experts, tensor.shape[_axis(role)] - layout.num_experts]
-    body, tail = tensor.split(sizes, _axis(role))
-    return body, tail
+    axis, e = _axis(role), layout.num_experts
+    return tensor.narrow(axis, 0, e), tensor.narrow(axis, e, tensor.shape[axis] - e)
 
 
 def _fit(role: str, new: Tensor, stored: Tensor) -> Tensor:

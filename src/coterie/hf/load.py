@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 
@@ -27,9 +28,27 @@ def load(folder: Path | str, **options: Any) -> PreTrainedModel:
     """
     folder = Path(folder)
     check_files(folder)
-    model: PreTrainedModel = model_class(folder).from_pretrained(folder, **options)
+    built = model_class(folder)
+    model: PreTrainedModel
+    model, found = built.from_pretrained(folder, output_loading_info=True, **options)
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would leave them at random values
+        raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
     if (folder / MANIFEST).exists():
-        model.__class__ = type(model).__base__
+        model.__class__ = built.__base__
+    return model
+
+
+def outline(folder: Path | str) -> PreTrainedModel:
+    """The model that `load` would load, on the meta device: names, shapes and numbers, no weight is read.
+
+    Raises ValueError as `load`.
+    """
+    folder = Path(folder)
+    check_files(folder)
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class(folder)(AutoConfig.from_pretrained(folder))
+    model.train(False)
     return model
 
 

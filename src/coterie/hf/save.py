@@ -4,7 +4,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from transformers import PreTrainedModel
 
@@ -28,8 +28,10 @@ def save(model: PreTrainedModel, folder: Path | str, format: Format = "transform
     Raises ValueError, before anything is written, if the folder is taken or the format cannot express the
     model.
     """
+    if format not in get_args(Format):
+        raise ValueError(f"format={format!r} is unknown; use one of {', '.join(get_args(Format))}")
     folder = Path(folder)
-    check_output(folder, model.name_or_path)
+    check_output(folder, model.name_or_path or "")
     blocks = find_moe_blocks(model)
     if format == "transformers":
         check_expressible(blocks, [block.num_experts for block in blocks])

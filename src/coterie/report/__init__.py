@@ -12,6 +12,7 @@ from coterie.report.attraction import (
 from coterie.report.comparison import Arm, compare, headline
 from coterie.report.explorer import Explorer, ExplorerLayer, write_explorer
 from coterie.report.page import Report, write_report
+from coterie.report.shrunk import print_shrunk, write_shrunk_page
 from coterie.report.tables import (
     format_bytes,
     format_count,
@@ -40,7 +41,9 @@ __all__ = [
     "headline",
     "load_by_layer",
     "passage",
+    "print_shrunk",
     "print_table",
     "write_explorer",
     "write_report",
+    "write_shrunk_page",
 ]

@@ -1,0 +1,106 @@
+"""What a smaller model is measured by: bytes, parameters, perplexity, speed."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from coterie.hf import MoEBlock
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model.
+
+    Args:
+        total: parameters.
+        active: of them, those that one token uses: all but the experts that it is not sent to.
+        memory: bytes of parameters and buffers.
+    """
+
+    total: int
+    active: int
+    memory: int
+
+
+def sizes(model: PreTrainedModel, blocks: Sequence[MoEBlock], keep: int | None = None) -> Sizes:
+    """Counts what is there, or what would be left with `keep` experts in each block."""
+    total, active = sum(p.numel() for p in model.parameters()), 0
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    memory = sum(t.numel() * t.element_size() for t in tensors.values())
+    active = total
+    for block in blocks:
+        rows = [t for t in (*vars(block.experts).values(), *vars(block.router).values()) if t is not None]
+        left = block.num_experts if keep is None else keep
+        gone = block.num_experts - left
+        total -= gone * sum(t[0].numel() for t in rows)
+        memory -= gone * sum(t[0].numel() * t.element_size() for t in rows)
+        active -= gone * sum(t[0].numel() for t in rows)
+        active -= (left - block.top_k) * sum(
+            t[0].numel() for t in vars(block.experts).values() if t is not None
+        )
+    return Sizes(total, active, memory)
+
+
+def bytes_on_disk(folder: Path | str) -> int:
+    """Of a model's safetensors files."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, batches_BS: Sequence[Tensor]) -> float:
+    """exp of the mean cross-entropy of each token given those before it.
+
+    Args:
+        model: causal.
+        batches_BS: token ids [B, S] each, without padding, S ≥ 2.
+    """
+    total, tokens = 0.0, 0
+    for ids_BS in batches_BS:
+        ids_BS = ids_BS.to(model.device)
+        logits_BSV = model(ids_BS).logits[:, :-1].float()
+        total += F.cross_entropy(logits_BSV.flatten(0, 1), ids_BS[:, 1:].flatten(), reduction="sum").item()
+        tokens += ids_BS[:, 1:].numel()
+    return math.exp(total / tokens)
+
+
+@torch.no_grad()
+def interleaved_speed(
+    model: PreTrainedModel,
+    smaller: Callable[[], AbstractContextManager[None]],
+    ids_BS: Tensor,
+    *,
+    rounds: int = 5,
+) -> tuple[float, float]:
+    """Tokens per second of forward passes, of the model and of the model inside `smaller()`.
+
+    They take turns, so that a machine that is busy for a while slows both; each is the median of the rounds.
+
+    Args:
+        model: in evaluation mode.
+        smaller: enters the smaller model, such as `partial(pruned, blocks, kept)`.
+        ids_BS: one batch.
+        rounds: of each; one more before them is not counted.
+    """
+    ids_BS = ids_BS.to(model.device)
+    seconds: list[tuple[float, float]] = []
+    for _ in range(rounds + 1):
+        whole = _seconds(model, ids_BS)
+        with smaller():
+            seconds.append((whole, _seconds(model, ids_BS)))
+    before, after = (ids_BS.numel() / statistics.median(each) for each in zip(*seconds[1:], strict=True))
+    return before, after
+
+
+def _seconds(model: PreTrainedModel, ids_BS: Tensor) -> float:
+    began = time.perf_counter()
+    model(ids_BS).logits.sum().item()  # which waits for a device to finish
+    return time.perf_counter() - began

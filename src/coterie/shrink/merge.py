@@ -1,0 +1,110 @@
+"""Merging experts: groups around the busiest, their neurons aligned, then averaged.
+
+Letters: E experts, F their hidden width, D the width they read, T tokens.
+"""
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn import functional as F
+
+from coterie.hf import BlockRecord, ExpertTensors, MoEBlock
+from coterie.shrink.importance import frequency
+from coterie.shrink.prune import check_keep
+
+
+def m_smoe(block: MoEBlock, record: BlockRecord, groups: int) -> list[list[int]]:
+    """Merges a block's experts into `groups`, in place.
+
+    Each group is an expert that is used often and those that tokens want in its place. Neurons are brought
+    into the order of the group's first expert, then weights and router rows are averaged by how often the
+    experts are used.
+
+    Args:
+        block: with a linear router that reads what the experts read.
+        record: what the block did, with its inputs.
+        groups: how many experts are left, top_k ≤ groups ≤ E.
+
+    Returns: the groups, as old ids, the dominant expert first.
+
+    Raises ValueError if the record has no inputs, or the router reads something else.
+
+    Source: Li et al. 2024 (M-SMoE, arXiv 2310.01334), section 3. There the router keeps a row for each old
+    expert; here a group has one row, so that the checkpoint stays one of its family.
+    """
+    check_keep([block], groups)
+    used_E = frequency(record).clamp(min=1)
+    members = around_dominant(router_similarity(block, record.inputs), used_E, groups)
+    experts = block.experts
+    for first, *others in members:
+        for other in others:
+            order_F = align(experts, first, other)
+            block.replace([other], reordered(experts[[other]], order_F))
+    block.merge(members, [used_E[ids].tolist() for ids in members])
+    return members
+
+
+def router_similarity(block: MoEBlock, inputs_TD: Tensor) -> Tensor:
+    """[E, E] float32 cosine of the router's logits of two experts over tokens.
+
+    Raises ValueError if there are no inputs, or the router reads something else.
+    """
+    rows_ED = block.router.rows.float()
+    if not len(inputs_TD):
+        raise ValueError(f"{block.name}: no inputs were recorded; use recording(blocks, keep_inputs=1024)")
+    if rows_ED.shape[1] != inputs_TD.shape[1]:
+        raise ValueError(
+            f"{block.name}: the router's last layer reads {rows_ED.shape[1]} numbers and the block "
+            f"{inputs_TD.shape[1]}; similar experts can be found for linear routers only"
+        )
+    logits_TE = inputs_TD.float().to(rows_ED.device) @ rows_ED.T
+    if block.router.bias is not None:
+        logits_TE = logits_TE + block.router.bias.float()
+    unit_TE = F.normalize(logits_TE, dim=0)
+    return unit_TE.T @ unit_TE
+
+
+def around_dominant(similarity_EE: Tensor, used_E: Tensor, groups: int) -> list[list[int]]:
+    """The `groups` most used experts, each followed by the others that are most similar to it.
+
+    >>> similarity = torch.tensor([[1.0, 0.2, 0.9], [0.2, 1.0, 0.1], [0.9, 0.1, 1.0]])
+    >>> around_dominant(similarity, torch.tensor([5, 3, 1]), 2)
+    [[0, 2], [1]]
+    """
+    dominant = sorted(used_E.topk(groups).indices.tolist())
+    members = {d: [d] for d in dominant}
+    for expert in range(len(used_E)):
+        if expert not in members:
+            nearest = int(similarity_EE[expert, dominant].argmax())
+            members[dominant[nearest]].append(expert)
+    return [members[d] for d in dominant]
+
+
+def align(experts: ExpertTensors, first: int, other: int) -> Tensor:
+    """[F]: which neuron of `other` should stand in each place so that it is most like `first`.
+
+    The best of all orders for the sum of inner products of the neurons' weights, by the Hungarian algorithm.
+
+    >>> up = torch.randn(1, 3, 4)
+    >>> two = ExpertTensors(torch.cat((up, up[:, [2, 0, 1]])), torch.zeros(2, 4, 3))
+    >>> align(two, 0, 1).tolist()
+    [1, 2, 0]
+    """
+    matrices = [experts.up, experts.down.transpose(1, 2)]
+    matrices += [experts.gate] if experts.gate is not None else []
+    similarity_FF = sum(m[first].float() @ m[other].float().T for m in matrices)
+    assert isinstance(similarity_FF, Tensor)
+    return torch.from_numpy(linear_sum_assignment(similarity_FF.cpu().numpy(), maximize=True)[1])
+
+
+def reordered(experts: ExpertTensors, order_F: Tensor) -> ExpertTensors:
+    """The same experts with their neurons in another order, which compute the same."""
+    order_F = order_F.to(experts.up.device)
+    rows = {"up": 1, "gate": 1, "down": 2, "up_bias": 1, "gate_bias": 1}
+    return ExpertTensors(
+        **{
+            name: tensor.index_select(rows[name], order_F) if name in rows else tensor
+            for name, tensor in vars(experts).items()
+            if tensor is not None
+        }
+    )

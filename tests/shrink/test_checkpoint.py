@@ -1,0 +1,206 @@
+"""The commands: what they write, what they print, what they refuse."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from coterie import cli
+from coterie.hf import find_moe_blocks, load, save
+from coterie.shrink import calibrate, load_mask, prune
+from coterie.shrink import checkpoint as shrinking
+
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+@pytest.fixture
+def coterie(monkeypatch, capsys):
+    """Runs a command line in this process: (status, out, err)."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["coterie", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code or 0, *capsys.readouterr()
+
+    return command
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def test_prune_writes_what_plain_transformers_loads(coterie, checkpoint, texts, tmp_path):
+    out = tmp_path / "half"
+    arguments = ["--calib", texts[0], "--calib", texts[1], "--keep", 4, "--out", out, "--report"]
+    status, printed, err = coterie("prune", checkpoint, *arguments)
+    assert status == 0, err
+    assert "4 of 8 experts in each layer, by easy-ep" in printed
+    for row in ("on disk", "in memory", "parameters", "active per token", "perplexity", "tokens/s"):
+        assert row in printed
+    assert "bound to the text" in printed
+    assert "model.layers.1.mlp: 4 of 8 experts" in err
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.num_experts == 4
+    whole = load(checkpoint)
+    kept = load_mask(out / "kept_experts.json", find_moe_blocks(whole))
+    prune(find_moe_blocks(whole), kept)
+    assert torch.equal(logits(model), logits(whole))
+    assert AutoTokenizer.from_pretrained(out)("ab")["input_ids"] == [97, 98]
+    assert "model.layers.0.mlp" in (out / "report.html").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["half", "prose.txt", "sums.jsonl"]
+
+
+def test_merge_writes_what_plain_transformers_loads(coterie, checkpoint, texts, tmp_path):
+    out = tmp_path / "merged"
+    status, printed, err = coterie("merge", checkpoint, "--calib", texts[0], "--groups", 3, "--out", out)
+    assert status == 0, err
+    assert "3 of 8 experts in each layer, by m-smoe" in printed
+    assert [b.num_experts for b in find_moe_blocks(AutoModelForCausalLM.from_pretrained(out))] == [3, 3]
+    assert not (out / "kept_experts.json").exists()
+
+
+@pytest.mark.parametrize("command", [["prune", "--keep", 4], ["merge", "--groups", 4]])
+def test_a_dry_run_tells_what_the_real_one_does_and_writes_nothing(
+    coterie, checkpoint, texts, tmp_path, command
+):
+    name, *size = command
+    arguments = [name, checkpoint, *size, "--calib", texts[0], "--json"]
+    status, printed, _ = coterie(*arguments, "--dry-run")
+    assert status == 0
+    foretold = json.loads(printed)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["prose.txt", "sums.jsonl"]
+    status, printed, _ = coterie(*arguments, "--out", tmp_path / "out")
+    done = json.loads(printed)
+    assert foretold["experts"] == done["experts"]
+    assert foretold["after"]["sizes"] == done["after"]["sizes"]
+    assert foretold["after"]["disk"] == pytest.approx(done["after"]["disk"], rel=0.05)
+    assert foretold["out"] is None
+    assert foretold["after"]["perplexity"] is None
+    assert done["after"]["perplexity"] > 1
+    _, printed, _ = coterie(name, checkpoint, *size, "--calib", texts[0], "--dry-run")
+    assert "estimated after" in printed
+    assert "nothing was written" in printed
+
+
+def test_the_perplexities_are_those_of_the_two_checkpoints(checkpoint, texts, tmp_path):
+    options = {"calib": [texts[0]], "progress": False}
+    done = shrinking.prune_checkpoint(checkpoint, tmp_path / "a", keep=3, **options)
+    again = shrinking.prune_checkpoint(tmp_path / "a", tmp_path / "b", keep=3, **options)
+    assert again.before.perplexity == pytest.approx(done.after.perplexity)
+    assert again.after.perplexity == pytest.approx(done.after.perplexity)
+    assert done.before.perplexity != pytest.approx(done.after.perplexity)
+
+
+def test_an_interrupted_run_goes_on_with_the_calibration_that_was_done(
+    coterie, checkpoint, texts, tmp_path, monkeypatch
+):
+    arguments = ["prune", checkpoint, "--calib", texts[0], "--keep", 4, "--json"]
+    ran, steps, recording, step = [], [], calibrate.recording, shrinking.Show.step
+    monkeypatch.setattr(calibrate, "recording", lambda *a, **k: ran.append(0) or recording(*a, **k))
+    unbroken, batches = json.loads(coterie(*arguments, "--out", tmp_path / "a")[1]), len(ran)
+
+    def interrupt(show, text):
+        steps.append(text)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        step(show, text)
+
+    monkeypatch.setattr(shrinking.Show, "step", interrupt)
+    status, printed, err = coterie(*arguments, "--out", tmp_path / "b")
+    assert (status, printed) == (130, "")
+    assert "interrupted; the same command goes on" in err
+    assert not (tmp_path / "b").exists()
+    monkeypatch.setattr(shrinking.Show, "step", step)
+    ran.clear()
+    resumed = json.loads(coterie(*arguments, "--out", tmp_path / "b")[1])
+    assert len(ran) == batches - 3, "what was done is not done again"
+    assert resumed["experts"] == unbroken["experts"]
+    assert not (tmp_path / "b.calibration").exists()
+
+
+def test_layers_that_differ_are_kept_in_coteries_own_format(checkpoint, texts, tmp_path):
+    model = load(checkpoint)
+    find_moe_blocks(model)[0].set_top_k(3)
+    save(model, tmp_path / "uneven", "coterie")
+    options = {"keep": 4, "calib": [texts[1]], "progress": False, "dry_run": True}
+    shutil.copy(checkpoint / "tokenizer.json", tmp_path / "uneven")
+    shutil.copy(checkpoint / "tokenizer_config.json", tmp_path / "uneven")
+    with pytest.raises(ValueError, match=r"holds one number for all layers.*use format=.coterie"):
+        shrinking.prune_checkpoint(tmp_path / "uneven", None, **options)
+    done = shrinking.prune_checkpoint(tmp_path / "uneven", None, format="coterie", **options)
+    assert [len(groups) for groups in done.experts.values()] == [4, 4]
+
+
+@pytest.fixture
+def dense(tmp_path):
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--keep": 1}, "sends each token to 2; use 2 ≤ keep ≤ 8"),
+        ({"--keep": 9}, "use 2 ≤ keep ≤ 8"),
+        ({"--method": "magic"}, "no method 'magic'; use one of frequency"),
+        ({"--format": "gguf"}, "no format 'gguf'; use transformers or coterie"),
+        ({"--calib": "empty.txt"}, "empty.txt holds 0 tokens"),
+        ({"--calib": "short.txt"}, "short.txt holds 100 tokens"),
+        ({"--calib": "nowhere.txt"}, "nowhere.txt does not exist"),
+        ({"--calib": "other.jsonl"}, "token id 999, the model 257 tokens"),
+        ({"--out": "MODEL"}, "is the folder the model came from"),
+        ({"--out": "taken"}, "taken exists already"),
+        ({"--out": None}, "no output folder was given"),
+        ({"MODEL": "dense"}, "LlamaForCausalLM has no MoE block"),
+        ({"MODEL": "taken"}, "has no config.json"),
+    ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_leaves_nothing(
+    coterie, checkpoint, texts, dense, tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("short.txt").write_text("a" * 100)
+    Path("other.jsonl").write_text('{"input_ids": [999, 3]}\n' * 200)
+    Path("taken").mkdir()
+    Path("taken/file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    options = {"MODEL": checkpoint, "--calib": texts[0], "--keep": 4, "--out": "out"} | changes
+    model = options.pop("MODEL")
+    arguments = [
+        x
+        for name, value in options.items()
+        if value is not None
+        for x in (name, model if value == "MODEL" else value)
+    ]
+    status, printed, err = coterie("prune", model, *arguments)
+    assert (status, printed) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_model_that_fails_while_it_is_written_leaves_no_folder(checkpoint, texts, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(shrinking, "save_mask", fail)
+    with pytest.raises(OSError, match="no space"):
+        shrinking.prune_checkpoint(checkpoint, tmp_path / "out", keep=4, calib=[texts[0]], progress=False)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
