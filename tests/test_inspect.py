@@ -1,19 +1,17 @@
 """`coterie inspect`: what it says is what the model did, and the command refuses what it cannot look into."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from coterie.cli import main
 from coterie.data import byte_tokenizer
 from coterie.hf import find_moe_blocks, load, recording
 from coterie.inspect import inspect, write_page
 
-COTERIE = str(Path(sys.executable).with_name("coterie"))
 EXPERTS, K = 8, 2
 
 
@@ -131,14 +129,28 @@ def test_the_page_needs_nothing_else_and_escapes_the_text(found, tmp_path):
     assert page.count('data-panel="attraction"') == 2
 
 
-def run(*arguments):
-    done = subprocess.run(
-        [COTERIE, "inspect", *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
-    return done.returncode, done.stdout, done.stderr
+def test_a_page_that_cannot_be_written_is_one_line(found, tmp_path):
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(ValueError, match="cannot write the page: "):
+        write_page(tmp_path / "page.html", found)
 
 
-def test_the_command_prints_tables_or_json_and_writes_the_page(files, texts, found, tmp_path):
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command in this process; returns its exit status and what it printed."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["coterie", "inspect", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capsys.readouterr()
+        return ended.value.code or 0, shown.out, shown.err
+
+    return command
+
+
+def test_the_command_prints_tables_or_json_and_writes_the_page(run, files, texts, tmp_path):
     options = ("--text", texts[0], "--text", texts[1], "--tokens", 256)
     code, shown, errors = run(files / "model", *options, "--json", "--html", tmp_path / "page.html")
     assert code == 0, errors
@@ -152,19 +164,23 @@ def test_the_command_prints_tables_or_json_and_writes_the_page(files, texts, fou
     assert "letters" in shown
 
 
-def test_bad_input_is_one_line_and_exit_status_2(files, texts, tmp_path):
+def test_bad_input_is_one_line_and_exit_status_2(run, files, texts, tmp_path):
     config = LlamaConfig(
         vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
     (tmp_path / "short.txt").write_text("Hello")
     load(files / "model").save_pretrained(tmp_path / "mute")
+    (tmp_path / "alien").mkdir()
+    (tmp_path / "alien" / "config.json").write_text('{"model_type": "alien"}')
+    (tmp_path / "alien" / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
     for arguments, message in (
         ((tmp_path / "dense", "--text", texts[0]), "LlamaForCausalLM has no MoE block"),
         ((tmp_path / "mute", "--text", texts[0]), "has no tokenizer"),
         ((files / "model", "--text", tmp_path / "short.txt"), "give at least 32"),
         ((files / "model",), "there is no text"),
         ((tmp_path / "nowhere", "--text", texts[0]), "has no config.json"),
+        ((tmp_path / "alien", "--text", texts[0]), "model type `alien`"),
     ):
         code, shown, errors = run(*arguments)
         assert (code, shown) == (2, ""), errors

@@ -160,7 +160,10 @@ def print_inspection(found: Inspection) -> None:
 
 
 def write_page(path: Path, found: Inspection, command: str = "") -> None:
-    """Writes the routing explorer: in each layer, the experts of a token and the tokens of an expert."""
+    """Writes the routing explorer: in each layer, the experts of a token and the tokens of an expert.
+
+    Raises ValueError if the file cannot be written.
+    """
     columns, rows = overview(found)
     texts = ", ".join(f"{name} ({n:,} tokens)" for name, n in zip(found.texts, found.tokens, strict=True))
     page = Explorer(
@@ -182,7 +185,10 @@ def write_page(path: Path, found: Inspection, command: str = "") -> None:
             f"Python {platform.python_version()}",
         },
     )
-    write_explorer(path, page)
+    try:
+        write_explorer(path, page)
+    except OSError as error:
+        raise ValueError(f"cannot write the page: {error}") from None
 
 
 def headline(found: Inspection) -> str:

@@ -53,7 +53,10 @@ class Checkpoint:
     def __init__(self, folder: Path | str, **options: Any) -> None:
         self.folder = Path(folder)
         check_files(folder)
-        config = AutoConfig.from_pretrained(folder)
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except (ValueError, OSError) as error:  # transformers adds advice over several lines
+            raise ValueError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"{folder} is quantised; save it dequantised first")
         self._shard_of = {name: path for path in shards(self.folder) for name in _names(path)}
