@@ -78,6 +78,10 @@ def test_the_dtype_of_the_checkpoint_is_the_dtype_of_the_run(tmp_path):
     tiny_model("qwen3_moe", "Qwen3MoeExperts").bfloat16().save_pretrained(tmp_path)
     assert_streams(tmp_path)
     assert Checkpoint(tmp_path).model.dtype == torch.bfloat16
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Checkpoint(tmp_path).model.dtype == torch.bfloat16, "of the tensors, where it is not said"
 
 
 def test_layers_of_different_sizes_are_streamed_as_well(folder, tmp_path):

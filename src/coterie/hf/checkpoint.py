@@ -176,7 +176,7 @@ class Checkpoint:
     def _stored_dtype(self) -> torch.dtype:
         for name, path in self._shard_of.items():
             with safe_open(path, "pt") as file:
-                dtype: torch.dtype = file.get_slice(name)[:0].dtype
+                dtype: torch.dtype = file.get_tensor(name).dtype
             if dtype.is_floating_point:
                 return dtype
         return torch.float32
