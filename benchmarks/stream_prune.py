@@ -68,11 +68,12 @@ def run_phase(options: argparse.Namespace) -> None:
 
 
 def inspect(options: argparse.Namespace) -> None:
-    from coterie.hf import stream_records
+    from coterie.hf import Checkpoint, stream_records
     from coterie.shrink import importance, kept_experts
 
     kept = []
-    for block, record in stream_records(options.folder, random_batches(options)):
+    checkpoint = Checkpoint(options.folder, experts_implementation="coterie")
+    for block, record in stream_records(checkpoint, random_batches(options)):
         [score_E] = importance([record], "gating-norm")
         kept.append(kept_experts(score_E, block.num_experts // 2))
     (options.work / "kept.json").write_text(json.dumps(kept))

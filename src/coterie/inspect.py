@@ -107,8 +107,12 @@ def inspect(
 
     sizes = [ids.numel() for ids in ids_BS]
     ids_T = torch.cat([ids.flatten() for ids in ids_BS])
-    shown = torch.cat([torch.arange(size)[: PASSAGE // len(sizes)] + at for at, size in _starts(sizes)])
+    lengths = [min(size, PASSAGE // len(sizes)) for size in sizes]
+    shown = torch.cat([at + torch.arange(n) for (at, _), n in zip(_starts(sizes), lengths, strict=True)])
     passage = Passage([name(int(token)) for token in ids_T[shown]], [], [])
+    ends = [at for at, _ in _starts(lengths)][:0:-1]  # where all texts but the first begin, the last first
+    for end in ends:
+        passage.texts.insert(end, "\n\n")
     found = Inspection(str(model), _names(texts), sizes, [], [], [], [], [], passage)
     kept: list[list[list[int]]] = [[] for _ in texts]
     # one sequence at a time: attention's memory grows with the batch
@@ -123,6 +127,9 @@ def inspect(
             [score_E] = importance([part], "gating-norm")
             chosen.append(kept_experts(score_E, max(1, block.num_experts // QUARTER)))
         experts, weights = _heaviest_first(_part(record, shown))
+        for end in ends:  # what stands between two texts has no expert
+            experts.insert(end, [])
+            weights.insert(end, [])
         passage.experts.append(experts)
         passage.weights.append(weights)
         progress(len(found.blocks), len(checkpoint.blocks))
@@ -231,8 +238,13 @@ def _layer(
         weights=mean(record.weights),
         norms=mean(record.norms),
         partners=_partners(record),
-        tokens=attracted_tokens(ids_T, name, record, top=6),
+        tokens=attracted_tokens(ids_T, lambda token: _visible(name(token)), record, top=6),
     )
+
+
+def _visible(text: str) -> str:
+    """A token with its white space to be seen: beside others in a list it would not be."""
+    return text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
 
 
 def _partners(record: BlockRecord) -> list[list[tuple[int, float]]]:

@@ -1,6 +1,7 @@
 """Text to calibrate a checkpoint on, as ids of its own tokenizer."""
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,8 @@ def _read_ids(path: Path) -> Tensor:
         raise ValueError(f"{path} does not exist; name a file of token ids")
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, ValueError, EOFError):
+        raise ValueError(f"{path} cannot be read; it should hold one tensor of token ids") from None
     if isinstance(loaded, dict) and len(loaded) == 1:
         [loaded] = loaded.values()
     if not isinstance(loaded, Tensor) or loaded.is_floating_point() or loaded.is_complex():
