@@ -1,6 +1,7 @@
 """Smaller checkpoints: which experts to keep, merge or store in fewer bits."""
 
-from coterie.shrink.importance import IMPORTANCE, importance, kept_experts, mixed, overlap
+from coterie.shrink.dern import Recombined, dern
+from coterie.shrink.importance import IMPORTANCE, gating, importance, kept_experts, mixed, overlap
 from coterie.shrink.mask import load_mask, save_mask
 from coterie.shrink.measure import Sizes, bytes_on_disk, interleaved_speed, perplexity, sizes
 from coterie.shrink.merge import m_smoe
@@ -9,10 +10,13 @@ from coterie.shrink.prune import METHODS, Silenced, choose, least_output_error, 
 __all__ = [
     "IMPORTANCE",
     "METHODS",
+    "Recombined",
     "Silenced",
     "Sizes",
     "bytes_on_disk",
     "choose",
+    "dern",
+    "gating",
     "importance",
     "interleaved_speed",
     "kept_experts",
