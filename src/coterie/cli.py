@@ -166,7 +166,9 @@ _Format = Annotated[
     str, typer.Option(help="transformers: loads without coterie. coterie: layers may differ, too.")
 ]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be kept; write nothing.")]
-_Report = Annotated[bool, typer.Option("--report", help="Write OUT/report.html, too.")]
+_Report = Annotated[
+    bool, typer.Option("--report", help="Write OUT/report.html, too, unless it is a dry run.")
+]
 _Tokens = Annotated[int, typer.Option(help="Calibrate on this many tokens of each domain at most.")]
 _SeqLen = Annotated[int, typer.Option(help="Tokens of a sequence at most.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")]
@@ -197,13 +199,24 @@ def prune(
 
     Run it again after an interruption and it goes on with the calibration that was done.
     """
-    from functools import partial
-
     from coterie.shrink.checkpoint import prune_checkpoint
 
-    options = {"keep": keep, "method": method, "seed": seed, "calib": calib, "format": format}
-    options |= {"dry_run": dry_run, "max_tokens": tokens, "seq_len": seq_len}
-    _shrink(partial(prune_checkpoint, model, out, **options), report, dry_run, json)
+    _shrink(
+        lambda: prune_checkpoint(
+            model,
+            out,
+            keep=keep,
+            calib=calib,
+            method=method,
+            format=format,
+            dry_run=dry_run,
+            max_tokens=tokens,
+            seq_len=seq_len,
+            seed=seed,
+        ),
+        report and not dry_run,
+        json,
+    )
 
 
 @app.command()
@@ -227,20 +240,29 @@ def merge(
     json: _Json = False,
 ) -> None:
     """Merge experts that are alike, group by group; compare before and after."""
-    from functools import partial
-
     from coterie.shrink.checkpoint import merge_checkpoint
 
-    options = {"groups": groups, "method": method, "calib": calib, "format": format}
-    options |= {"dry_run": dry_run, "max_tokens": tokens, "seq_len": seq_len}
-    _shrink(partial(merge_checkpoint, model, out, **options), report, dry_run, json)
+    _shrink(
+        lambda: merge_checkpoint(
+            model,
+            out,
+            groups=groups,
+            calib=calib,
+            method=method,
+            threshold=threshold,
+            format=format,
+            dry_run=dry_run,
+            max_tokens=tokens,
+            seq_len=seq_len,
+        ),
+        report and not dry_run,
+        json,
+    )
 
 
-def _shrink(run: Callable[[], "Shrunk"], report: bool, dry_run: bool, json: bool) -> None:
+def _shrink(run: Callable[[], "Shrunk"], report: bool, json: bool) -> None:
     from coterie.report.shrunk import print_shrunk, write_shrunk_page
 
-    if report and dry_run:
-        raise ValueError("--report is written into the output folder, and --dry-run writes none; use one")
     try:
         shrunk = run()
     except KeyboardInterrupt:

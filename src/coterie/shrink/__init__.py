@@ -5,7 +5,16 @@ from coterie.shrink.importance import IMPORTANCE, gating, importance, kept_exper
 from coterie.shrink.mask import load_mask, save_mask
 from coterie.shrink.measure import Sizes, bytes_on_disk, interleaved_speed, perplexity, sizes
 from coterie.shrink.merge import m_smoe
-from coterie.shrink.prune import METHODS, Silenced, choose, least_output_error, no_reroute, prune, pruned
+from coterie.shrink.prune import (
+    METHODS,
+    Silenced,
+    choose,
+    least_output_error,
+    no_reroute,
+    prune,
+    pruned,
+    restored,
+)
 
 __all__ = [
     "IMPORTANCE",
@@ -29,6 +38,7 @@ __all__ = [
     "perplexity",
     "prune",
     "pruned",
+    "restored",
     "save_mask",
     "sizes",
 ]

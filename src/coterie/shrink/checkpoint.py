@@ -1,7 +1,4 @@
-"""A checkpoint on disk, made smaller for the domains of some text: from checks to the new folder.
-
-prune_checkpoint(folder, out, keep=64, calib=["math.jsonl"])
-"""
+"""A checkpoint on disk, made smaller for the domains of some text: from checks to the new folder."""
 
 import os
 import shutil
@@ -10,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
@@ -38,6 +35,7 @@ from coterie.shrink.result import Measured, Shrunk
 
 MASK = "kept_experts.json"
 MERGES = ("m-smoe", "dern")
+"""What `merge_checkpoint` knows."""
 
 _KEPT_INPUTS = 2048  # tokens of each domain whose block inputs are kept, for methods that need them
 
@@ -52,7 +50,7 @@ def prune_checkpoint(
     keep: int,
     calib: Sequence[Path | str],
     method: str = "easy-ep",
-    format: Format = "transformers",
+    format: str = "transformers",
     dry_run: bool = False,
     max_tokens: int = 65536,
     seq_len: int = 512,
@@ -104,7 +102,7 @@ def merge_checkpoint(
     calib: Sequence[Path | str],
     method: str = "m-smoe",
     threshold: float = 0.6,
-    format: Format = "transformers",
+    format: str = "transformers",
     dry_run: bool = False,
     max_tokens: int = 65536,
     seq_len: int = 512,
@@ -130,7 +128,6 @@ def merge_checkpoint(
     """
     if method not in MERGES:
         raise ValueError(f"no method {method!r}; use one of {', '.join(MERGES)}")
-
     if not -1 <= threshold <= 1:
         raise ValueError(f"threshold={threshold}; it is a cosine, use -1 ≤ threshold ≤ 1")
 
@@ -153,7 +150,7 @@ class _Job:
     keep: int
     calib: Sequence[Path | str]
     method: str
-    format: Format
+    format: str
     dry_run: bool
     max_tokens: int
     seq_len: int
@@ -168,10 +165,14 @@ class _Job:
         blocks = find_moe_blocks(model)
         before, disk = sizes(model, blocks), bytes_on_disk(self.folder)
         names = {block.name: block.num_experts for block in blocks}
-        kept_calibration = None if self.dry_run or out is None else _beside(out)
+        folder = None
+        if out is not None and not self.dry_run:
+            folder = out.with_name(f"{out.name}.calibration") / identity(
+                self.folder, domains, self.keep_inputs
+            )
         with showing(sum(map(len, domains)) + len(blocks), progress) as show:
             whole = [block.snapshot() for block in blocks]
-            pairs = self._calibrate(model, blocks, domains, kept_calibration, show)
+            pairs = self._calibrate(model, blocks, domains, folder, show)
             experts = {}
             for number, (block, records) in enumerate(pairs):
                 experts[block.name] = edit(block, records, number)
@@ -195,12 +196,14 @@ class _Job:
             _measure(shrunk, model, blocks, whole, heldout)
             show.say(f"writing {out}")
             self._write(shrunk, model, blocks, whole, tokenizer, out)
-            if kept_calibration is not None:
-                shutil.rmtree(kept_calibration, ignore_errors=True)
+            if folder is not None and folder.exists():
+                shutil.rmtree(folder)
+                if not any(folder.parent.iterdir()):
+                    folder.parent.rmdir()
         return shrunk
 
     def _check_out(self) -> Path | None:
-        if self.format not in ("transformers", "coterie"):
+        if self.format not in get_args(Format):
             raise ValueError(f"no format {self.format!r}; use transformers or coterie")
         if self.out is None:
             if not self.dry_run:
@@ -245,8 +248,6 @@ class _Job:
         show: Show,
     ) -> Iterator[tuple[MoEBlock, list[BlockRecord]]]:
         """Each block with its records, one per domain."""
-        if folder is not None:
-            folder = folder / identity(self.folder, domains, self.keep_inputs)
         sources = [
             calibrated(
                 model,
@@ -273,7 +274,7 @@ class _Job:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
             draft = Path(temporary) / out.name
-            save(model, draft, self.format)
+            save(model, draft, cast(Format, self.format))
             if tokenizer is not None:
                 tokenizer.save_pretrained(draft)
             if all(len(ids) == 1 for groups in shrunk.experts.values() for ids in groups):
@@ -298,10 +299,6 @@ def _measure(
         largest = max(heldout, key=Tensor.numel)
         speeds = interleaved_speed(model, partial(restored, blocks, smaller), largest)
         shrunk.before.speed, shrunk.after.speed = speeds
-
-
-def _beside(out: Path) -> Path:
-    return out.with_name(f"{out.name}.calibration")
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -173,7 +173,7 @@ def _output(block: MoEBlock, inputs_TD: Tensor) -> Tensor:
 
 
 def _silence(block: MoEBlock, ids: Sequence[int], count: Silenced) -> Any:
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = {**dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)), **kwargs}
         experts_TK = given["top_k_index"]
         serves_E = torch.zeros(block.num_experts + 1, dtype=torch.bool, device=experts_TK.device)
@@ -182,7 +182,9 @@ def _silence(block: MoEBlock, ids: Sequence[int], count: Silenced) -> Any:
         serves_TK = serves_E[experts_TK.masked_fill(outside, block.num_experts).long()]
         count.tokens += len(experts_TK)
         count.unserved += int((~serves_TK).all(1).sum())
-        given["top_k_weights"] = given["top_k_weights"].masked_fill(~serves_TK, 0)
-        return (), given
+        weights_TK = given["top_k_weights"].masked_fill(~serves_TK, 0)
+        if len(args) > 2:
+            return (*args[:2], weights_TK, *args[3:]), kwargs
+        return args, {**kwargs, "top_k_weights": weights_TK}
 
     return hook
