@@ -216,11 +216,9 @@ class _Job:
         """The configuration of a checkpoint that can be made what was asked for; no weight is read."""
         if not self.calib:
             raise ValueError("no calibration text was given; the choice of experts needs some")
-        missing = [path for path in self.calib if not Path(path).is_file()]
+        missing = [path for path in self.calib if not Path(path).exists()]
         if missing:
-            raise ValueError(
-                f"{missing[0]} does not exist; give a text file or a .jsonl file to calibrate on"
-            )
+            raise ValueError(f"{missing[0]} does not exist; name a text file, a .jsonl file or a folder")
         model = outline(self.folder)
         blocks = find_moe_blocks(model)
         check_keep(blocks, self.keep)
