@@ -3,7 +3,9 @@
     python -m benchmarks.make_checkpoint /tmp/big
     python -m benchmarks.stream_prune /tmp/big [--tokens 4096] [--json FILE]
 
-Every phase is a process of its own, whose peak resident memory is what the system counted:
+Every phase is a process of its own. Its peak resident memory is what the system counted; beside it, sampled
+every 20 ms, is the process's own part: without pages of mapped files, which the system can take back.
+
 inspect     every expert's gating · norm importance over random tokens, one layer in memory at a time
 prune       half of the experts of every layer kept by it, saved
 offload     through transformers and accelerate, most weights offloaded to disk: how often each router chose
@@ -17,6 +19,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -46,10 +49,9 @@ def main() -> None:
             command = [sys.executable, "-m", "benchmarks.stream_prune", *sys.argv[1:], "--phase", phase]
             done = subprocess.run([*command, "--work", work], stdout=subprocess.PIPE, text=True, check=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
-            print(
-                f"{phase:8} peak {rows[-1]['peak_bytes'] / 1e9:6.2f} GB  {rows[-1]['seconds']:7.1f} s",
-                flush=True,
-            )
+            row = rows[-1]
+            peaks = f"peak {row['peak_bytes'] / 1e9:6.2f} GB, its own {row['peak_own_bytes'] / 1e9:6.2f} GB"
+            print(f"{phase:8} {peaks}  {row['seconds']:7.1f} s", flush=True)
     size = sum(path.stat().st_size for path in options.folder.glob("*.safetensors"))
     print(f"checkpoint {size / 1e9:.2f} GB, largest layer {largest_layer(options.folder) / 1e9:.2f} GB")
     if options.json:
@@ -58,13 +60,24 @@ def main() -> None:
 
 def run_phase(options: argparse.Namespace) -> None:
     started = time.perf_counter()
+    own = {"peak": 0}
+    threading.Thread(target=sample, args=(own,), daemon=True).start()
     {"inspect": inspect, "prune": prune, "offload": offload}[options.phase](options)
     row = {
         "phase": options.phase,
         "seconds": time.perf_counter() - started,
         "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_own_bytes": own["peak"],
     }
     print(json.dumps(row))
+
+
+def sample(own: dict[str, int]) -> None:
+    while True:
+        with open("/proc/self/status") as lines:
+            kib = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+        own["peak"] = max(own["peak"], 1024 * kib)
+        time.sleep(0.02)
 
 
 def inspect(options: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from coterie.hf.blocks import MoEBlock
 from coterie.hf.checkpoint import Checkpoint
 from coterie.hf.layout import FIELDS
 from coterie.hf.load import INDEX
-from coterie.hf.save import MANIFEST, Format, check_expressible, check_output, manifest
+from coterie.hf.save import MANIFEST, Format, check_expressible, check_format, check_output, manifest
 
 SHARD_BYTES = 1 << 29  # of tensors that are copied as they are; what is edited makes one shard per layer
 
@@ -74,6 +74,7 @@ def rewriting(
     model.
     """
     folder = Path(folder)
+    check_format(format)
     check_output(folder, str(checkpoint.folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:

@@ -28,8 +28,7 @@ def save(model: PreTrainedModel, folder: Path | str, format: Format = "transform
     Raises ValueError, before anything is written, if the folder is taken or the format cannot express the
     model.
     """
-    if format not in get_args(Format):
-        raise ValueError(f"format={format!r} is unknown; use one of {', '.join(get_args(Format))}")
+    check_format(format)
     folder = Path(folder)
     check_output(folder, model.name_or_path or "")
     blocks = find_moe_blocks(model)
@@ -70,6 +69,12 @@ def check_expressible(blocks: Sequence[MoEBlock], num_experts: Sequence[int]) ->
                     f"{type(block.config).__name__} holds one number for all layers. "
                     'Make them equal or use format="coterie"'
                 )
+
+
+def check_format(format: str) -> None:
+    """Raises ValueError if there is no such format."""
+    if format not in get_args(Format):
+        raise ValueError(f"format={format!r} is unknown; use one of {', '.join(get_args(Format))}")
 
 
 def check_output(folder: Path, source: str) -> None:

@@ -70,6 +70,12 @@ def _catch(checkpoint: Checkpoint, batches: Iterable[Tensor]) -> list[_Call]:
     checkpoint.drop("")
     if not calls:
         raise ValueError("there are no batches to run; give at least one")
+    width = checkpoint.model.config.get_text_config().hidden_size
+    if calls[0].hidden.shape[2:] != (width,):
+        raise ValueError(
+            f"{checkpoint.folder}: {type(checkpoint.model).__name__} carries several residual streams per "
+            f"token ({list(calls[0].hidden.shape[2:])}, its width is {width}); its blocks cannot be recorded"
+        )
     return calls
 
 
