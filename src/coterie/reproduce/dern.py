@@ -68,12 +68,12 @@ def run(seed: int, budget: Budget, data: Any, *, method: Method) -> Values:
     return {**values, "loss by experts": [*curve, (float(EXPERTS), values["loss, all experts"])]}
 
 
-def thresholds(seed: int, budget: Budget, data: Any) -> Values:
-    """The loss with 4 of 8 experts by how similar a neuron must be to be moved."""
-    text = _held_out(seed, budget)
+def recombine(seed: int, budget: Budget, data: Any) -> Values:
+    """`run` with DERN, and the loss with 4 of 8 experts by how similar a neuron must be to be moved."""
+    values, text = run(seed, budget, data, method=_dern), _held_out(seed, budget)
     tried = (0.6,) if budget == "smoke" else (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     curve = [(t, _smaller_loss(seed, budget, text, partial(_dern, threshold=t), 4)) for t in tried]
-    return {"loss by threshold": curve}
+    return {**values, "loss by threshold": curve}
 
 
 def _drop(block: MoEBlock, record: BlockRecord, keep: int) -> None:
@@ -104,22 +104,23 @@ def _dern(
     return None if router is None else transferred(router, done.transfer)
 
 
-METHODS: dict[str, Method] = {
+BASELINES: dict[str, Method] = {
     "drop": _drop,
     "output-error": _output_error,
     "position-wise": _position_wise,
     "m-smoe": _m_smoe,
-    "dern": _dern,
-    "dern, transfer": partial(_dern, transfer=True),
-    "dern, threshold 0": partial(_dern, threshold=0.0),
-    "dern, random init": partial(_dern, init="random"),
-    "dern, gate init": partial(_dern, init="gate"),
-    "dern, unweighted": partial(_dern, weighted=False),
-    "dern, gate compared": partial(_dern, parts=("gate", "up", "down")),
+}
+ABLATIONS: dict[str, Method] = {
+    "dern-transfer": partial(_dern, transfer=True),
+    "dern-threshold-0": partial(_dern, threshold=0.0),
+    "dern-random-init": partial(_dern, init="random"),
+    "dern-gate-init": partial(_dern, init="gate"),
+    "dern-unweighted": partial(_dern, weighted=False),
+    "dern-gate-compared": partial(_dern, parts=("gate", "up", "down")),
 }
 ARMS = {
-    **{name: partial(run, method=method) for name, method in METHODS.items()},
-    "dern, by threshold": thresholds,
+    "dern": recombine,
+    **{name: partial(run, method=method) for name, method in (BASELINES | ABLATIONS).items()},
 }
 
 
@@ -141,12 +142,12 @@ CLAIMS = [
     ),
     Claim(
         "moving only neurons with a similar one is worth at least 0.01 nats against moving nearly all",
-        lambda arms: _above(arms, "dern, threshold 0"),
+        lambda arms: _above(arms, "dern-threshold-0"),
         at_least=0.01,
     ),
     Claim(
         "starting from the kept expert's own neurons is worth at least 0.05 nats against random ones",
-        lambda arms: _above(arms, "dern, random init"),
+        lambda arms: _above(arms, "dern-random-init"),
         at_least=0.05,
     ),
     Claim(
