@@ -116,7 +116,8 @@ class QuantizedExperts(nn.Module):
             activation=bank.activation,
         )
 
-    @torch.compiler.disable  # the kernel reads addresses, which a traced tensor has not
+    # Never traced: the kernel reads addresses, which a traced tensor has not.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         check_routing(self.num_experts, routing)
         return low_bit_mlp(
