@@ -366,7 +366,13 @@ def merge(
     model: Annotated[Path, typer.Argument(help="Folder of a checkpoint, with its tokenizer.")],
     calib: _Calib,
     groups: Annotated[int, typer.Option(help="Experts that are left in each layer.")],
-    method: Annotated[str, typer.Option(help="m-smoe.")] = "m-smoe",
+    method: Annotated[
+        str,
+        typer.Option(help="m-smoe, whole experts; or dern, neuron by neuron into the experts that are left."),
+    ] = "m-smoe",
+    threshold: Annotated[
+        float, typer.Option(help="Of dern: the cosine above which a neuron counts as similar, -1 to 1.")
+    ] = 0.6,
     out: _Out = None,
     report: _Report = False,
     dry_run: _DryRun = False,
@@ -385,6 +391,7 @@ def merge(
             groups=groups,
             calib=calib,
             method=method,
+            threshold=threshold,
             format=format,
             dry_run=dry_run,
             max_tokens=tokens,

@@ -71,9 +71,9 @@ def test_what_cannot_be_used_is_named(tmp_path):
     short.write_text("Hello")
     refused(short, "holds 6 tokens; give at least 32")
     lines.write_text('{"text": "fine"}\n{"content": "not"}\n')
-    refused(lines, 'line 2 has no "text" field')
+    refused(lines, 'line 2 holds content; give "text"')
     lines.write_text('{"text": "fine"}\n{"text": \n')
-    refused(lines, "line 2: Expecting value")
+    refused(lines, "line 2: no JSON: Expecting value")
     for name in ("a.pt", "a.safetensors"):
         (tmp_path / name).write_text("not a tensor")
         refused(tmp_path / name, "cannot be read")

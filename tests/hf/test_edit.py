@@ -295,6 +295,22 @@ def test_the_view_is_refused_wrong_parts(deepseek):
         block.permute([0, 1])
 
 
+def test_new_experts_and_router_entries_must_be_as_many(deepseek):
+    block = find_moe_blocks(deepseek)[0]
+    with pytest.raises(ValueError, match="in: expected entries of 2 experts, got 1"):
+        block.replace([0, 1], experts=block.experts[[0]])
+    block.set_groups(1, 1)
+    with pytest.raises(ValueError, match="rows: expected entries of 1 experts, got 2"):
+        block.append(block.experts[[0]], block.router[[0, 1]])
+
+
+def test_blocks_that_share_only_a_part_are_refused(deepseek):
+    first, second = (layer.mlp.experts for layer in deepseek.model.layers[1:])
+    second.gate_up_proj, second.down_proj = first.gate_up_proj, first.down_proj
+    with pytest.raises(ValueError, match="share their experts but not their rows"):
+        find_moe_blocks(deepseek)
+
+
 def test_on_the_meta_device_a_block_tells_names_and_numbers_without_memory(deepseek):
     with torch.device("meta"):
         skeleton = DeepseekV3ForCausalLM(deepseek.config)

@@ -25,7 +25,7 @@ def find_moe_blocks(model: PreTrainedModel) -> list["MoEBlock"]:
     Args:
         model: on any device; on "meta" the blocks tell names and numbers, and their tensors are empty.
 
-    Raises ValueError if there is none, or a block's router is unknown.
+    Raises ValueError if there is none, a block's router is unknown, or two blocks share only a part.
 
     >>> from transformers import MixtralConfig, MixtralForCausalLM
     >>> model = MixtralForCausalLM(MixtralConfig(
@@ -43,6 +43,9 @@ def find_moe_blocks(model: PreTrainedModel) -> list["MoEBlock"]:
         block = MoEBlock(model, name)
         tied = blocks.setdefault(id(module.down_proj), block)
         if tied is not block:  # two stacks of layers share these experts
+            for role, tensor in block._stored().items():
+                if tensor.data_ptr() != tied._stored()[role].data_ptr():
+                    raise ValueError(f"{block.name} and {tied.name} share their experts but not their {role}")
             tied.also.append(block)
     if not blocks:
         hint = (

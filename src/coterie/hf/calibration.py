@@ -47,8 +47,8 @@ def calibration_ids(
     """Sequences to run a model on.
 
     Args:
-        path: a text file, .jsonl with a "text" in every line, a folder of such files, a folder that the
-            `datasets` library saved with a "text" column, or token ids of any shape as .pt or .safetensors.
+        path: a text file, .jsonl (see `documents`), a folder of such files, a folder that the `datasets`
+            library saved with a "text" column, or token ids of any shape as .pt or .safetensors.
         tokenizer: of the model; not needed for ids.
         tokens: at most so many, from the start; documents follow one another, an end-of-text token between.
         length: of a sequence, in tokens.
@@ -77,10 +77,13 @@ def calibration_ids(
     return ids_N[: len(ids_N) // length * length].view(-1, length)
 
 
-def documents(path: Path, *, characters: int) -> Iterator[str]:
-    """The texts in a file or folder, in order; of a plain text file the first `characters`.
+def documents(path: Path, *, characters: int) -> Iterator[str | list[int]]:
+    """The texts in a file or folder, in order, or their ids where a line of a .jsonl file holds those.
 
-    Raises ValueError if there is none, or a line of a .jsonl file has no text.
+    A line of a .jsonl file is an object with "text", with "input" and "output" (a question, the model's own
+    answer), or with "input_ids". Of a plain text file the first `characters` are read.
+
+    Raises ValueError if there is none, or a line of a .jsonl file holds none of these.
     """
     if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         yield from _dataset(path)
@@ -93,7 +96,7 @@ def documents(path: Path, *, characters: int) -> Iterator[str]:
                 yield opened.read(characters)
 
 
-def _json_lines(file: Path) -> Iterator[str]:
+def _json_lines(file: Path) -> Iterator[str | list[int]]:
     with file.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -101,10 +104,21 @@ def _json_lines(file: Path) -> Iterator[str]:
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number}: {error.msg}") from None
-            if not (isinstance(entry, dict) and isinstance(entry.get("text"), str)):
-                raise ValueError(f'{file}, line {number} has no "text" field with a string in it')
-            yield entry["text"]
+                raise ValueError(f"{file}, line {number}: no JSON: {error.msg}") from None
+            yield _document(f"{file}, line {number}", entry)
+
+
+def _document(where: str, entry: Any) -> str | list[int]:
+    if isinstance(entry, dict):
+        ids = entry.get("input_ids")
+        if isinstance(ids, list) and all(type(i) is int for i in ids):
+            return ids
+        if isinstance(entry.get("text"), str):
+            return str(entry["text"])
+        if isinstance(entry.get("input"), str) and isinstance(entry.get("output"), str):
+            return str(entry["input"]) + str(entry["output"])
+    found = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
+    raise ValueError(f'{where} holds {found}; give "text", "input" and "output", or a list "input_ids"')
 
 
 def _dataset(folder: Path) -> Iterator[str]:
@@ -122,10 +136,12 @@ def _dataset(folder: Path) -> Iterator[str]:
             yield entry["text"]
 
 
-def _tokenize(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, tokens: int) -> Tensor:
+def _tokenize(texts: Iterator[str | list[int]], tokenizer: PreTrainedTokenizerBase, tokens: int) -> Tensor:
     ids: list[int] = []
     for text in texts:
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if isinstance(text, str):
+            text = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += text
         if len(ids) >= tokens:
             break
         if tokenizer.eos_token_id is not None and text:

@@ -74,6 +74,7 @@ def append(layout: BlockLayout, stored: Stored, new: Stored) -> dict[str, Tensor
             f"{layout.name} routes among {layout.groups} groups of experts, which new ones would shift; "
             "lift the limit first: set_groups(1, 1)"
         )
+    _check_count(new, new["down"].shape[0])
     edited = {}
     for role, tensor in stored.items():
         if role == "hash_table":  # nothing is sent to the new experts
@@ -87,6 +88,7 @@ def append(layout: BlockLayout, stored: Stored, new: Stored) -> dict[str, Tensor
 def replace(layout: BlockLayout, stored: Stored, ids: Sequence[int], new: Stored) -> dict[str, Tensor]:
     """The experts of `stored` with those of `new` in the places `ids`; roles that `new` lacks stay."""
     check_ids(layout, ids)
+    _check_count(new, len(ids))
     edited = dict(stored)
     for role, tensor in new.items():
         axis = _axis(role)
@@ -169,6 +171,12 @@ def _axis(role: str) -> int:
 def _body_and_tail(layout: BlockLayout, role: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
     axis, e = _axis(role), layout.num_experts
     return tensor.narrow(axis, 0, e), tensor.narrow(axis, e, tensor.shape[axis] - e)
+
+
+def _check_count(new: Stored, wanted: int) -> None:
+    for role, tensor in new.items():
+        if tensor.shape[_axis(role)] != wanted:
+            raise ValueError(f"{role}: expected entries of {wanted} experts, got {tensor.shape[_axis(role)]}")
 
 
 def _fit(role: str, new: Tensor, stored: Tensor) -> Tensor:

@@ -224,7 +224,7 @@ def _train(recipe: Recipe, seed: int) -> Values:
         "total parameters, M": method.model.num_parameters() / 1e6,
         "active parameters, M": active_parameters(method.model, routings) / 1e6,
         "training FLOPs, T": flops / 1e12,
-        "experts per token": sum(slots) / len(slots) if slots else 0.0,
+        "slots used per token": sum(slots) / len(slots) if slots else 0.0,
         "worst expert load, max / mean": scores.get("imbalance", 0.0),
         "training tokens per second": history.tokens_per_second,
         CURVE.curve: [(e["step"], e["bits_per_token"]) for e in history.evals],

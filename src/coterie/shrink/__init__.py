@@ -1,9 +1,10 @@
 """Smaller checkpoints: which experts to keep, merge or store in fewer bits."""
 
 from coterie.kernels import PackedWeight
+from coterie.shrink.dern import Recombined, dern
 from coterie.shrink.experts import QuantizedExperts
 from coterie.shrink.gptq import HessianMean, gptq
-from coterie.shrink.importance import IMPORTANCE, importance, kept_experts, mixed, overlap
+from coterie.shrink.importance import IMPORTANCE, gating, importance, kept_experts, mixed, overlap
 from coterie.shrink.mask import load_mask, save_mask
 from coterie.shrink.measure import Sizes, bytes_on_disk, interleaved_speed, perplexity, sizes
 from coterie.shrink.merge import m_smoe
@@ -25,11 +26,14 @@ __all__ = [
     "HessianMean",
     "PackedWeight",
     "QuantizedExperts",
+    "Recombined",
     "Silenced",
     "Sizes",
     "awq",
     "bytes_on_disk",
     "choose",
+    "dern",
+    "gating",
     "gptq",
     "importance",
     "interleaved_speed",

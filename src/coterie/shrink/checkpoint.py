@@ -24,6 +24,8 @@ from coterie.shrink.calibrate import (
     joined,
     read_text,
 )
+from coterie.shrink.dern import dern
+from coterie.shrink.importance import gating, mixed
 from coterie.shrink.mask import save_mask
 from coterie.shrink.measure import bytes_on_disk, interleaved_speed, perplexity, sizes
 from coterie.shrink.merge import m_smoe
@@ -32,8 +34,8 @@ from coterie.shrink.prune import METHODS, OUTPUT_ERROR, check_keep, choose, rest
 from coterie.shrink.result import Measured, Shrunk
 
 MASK = "kept_experts.json"
-MERGES = {"m-smoe": m_smoe}
-"""Ways to merge: (block, record, groups), which edits the block and returns the groups as old ids."""
+MERGES = ("m-smoe", "dern")
+"""What `merge_checkpoint` knows."""
 
 _KEPT_INPUTS = 2048  # tokens of each domain whose block inputs are kept, for methods that need them
 
@@ -99,6 +101,7 @@ def merge_checkpoint(
     groups: int,
     calib: Sequence[Path | str],
     method: str = "m-smoe",
+    threshold: float = 0.6,
     format: str = "transformers",
     dry_run: bool = False,
     max_tokens: int = 65536,
@@ -111,8 +114,10 @@ def merge_checkpoint(
         folder: as in `prune_checkpoint`, like all that is not named here.
         out: see there.
         groups: experts that are left in each layer.
-        calib: see there. Several domains are calibrated on as one.
-        method: one of MERGES.
+        calib: see there. For m-smoe, several domains are one.
+        method: "m-smoe", or "dern", which keeps as many experts as there are groups and gives them similar
+            neurons of the others, so that an expert's neurons may come into several groups.
+        threshold: of dern: how similar, as a cosine, -1 to 1.
         format: see there.
         dry_run: see there.
         max_tokens: see there.
@@ -123,9 +128,14 @@ def merge_checkpoint(
     """
     if method not in MERGES:
         raise ValueError(f"no method {method!r}; use one of {', '.join(MERGES)}")
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold}; it is a cosine, use -1 ≤ threshold ≤ 1")
 
     def edit(block: MoEBlock, records: Sequence[BlockRecord], number: int) -> list[list[int]]:
-        return MERGES[method](block, joined(records), groups)
+        if method == "m-smoe":
+            return m_smoe(block, joined(records), groups)
+        [score_E] = mixed([[gating(record)] for record in records])
+        return dern(block, score_E, groups, threshold=threshold).members
 
     job = _Job(Path(folder), out, groups, calib, method, format, dry_run, max_tokens, seq_len, _KEPT_INPUTS)
     return job.run(edit, progress)
@@ -206,11 +216,9 @@ class _Job:
         """The configuration of a checkpoint that can be made what was asked for; no weight is read."""
         if not self.calib:
             raise ValueError("no calibration text was given; the choice of experts needs some")
-        missing = [path for path in self.calib if not Path(path).is_file()]
+        missing = [path for path in self.calib if not Path(path).exists()]
         if missing:
-            raise ValueError(
-                f"{missing[0]} does not exist; give a text file or a .jsonl file to calibrate on"
-            )
+            raise ValueError(f"{missing[0]} does not exist; name a text file, a .jsonl file or a folder")
         model = outline(self.folder)
         blocks = find_moe_blocks(model)
         check_keep(blocks, self.keep)
