@@ -11,8 +11,8 @@ importance, without looking for the order of its neurons; *m-smoe* brings them i
 averages router rows, too. *output-error* tries all ways to drop experts. The other arms change one thing in
 *dern*, which deletes the router rows of dropped experts; *transfer* sends their tokens after their neurons.
 
-*from-scratch* is a model of 16 experts, width 64, that was never dense, 1200 steps: its experts share nothing,
-so that at the paper's threshold no neuron moves. It tells where the method ends, and no claim rests on it.
+*from-scratch* is a model of 16 experts of width 64 that was never dense, after 1200 steps: its experts share
+nothing, so that at the paper's threshold no neuron moves. It tells where the method ends; no claim is on it.
 
 The paper compresses Mixtral, Qwen2-57B and DeepSeek-MoE and measures accuracy.
 """
@@ -81,7 +81,7 @@ def recombine(seed: int, budget: Budget, data: Any) -> Values:
 
 
 def from_scratch(seed: int, budget: Budget, data: Any, *, threshold: float) -> Values:
-    """Half of the experts of a model whose experts have no neurons in common; at threshold 1, dropping alone."""
+    """Half of the experts of a model whose experts share no neurons; at threshold 1, dropping alone."""
     model, text = domain_lm(seed, 5 if budget == "smoke" else 1200), _held_out(seed, budget)
     blocks = find_moe_blocks(model)
     whole, records = domain_loss(model, text), _calibrate(model, blocks, seed, budget)
