@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coterie.hf import BlockRecord, MoEBlock
 from coterie.hf.blocks import Snapshot
@@ -137,7 +137,7 @@ def least_output_error(block: MoEBlock, inputs_TD: Tensor, keep: int, *, limit: 
 
     Returns: ids, rising, of the smallest Σ ‖output - output without the others‖².
 
-    Raises ValueError if there are no inputs, or more choices than `limit`.
+    Raises ValueError if there are no inputs, more choices than `limit`, or the block cannot be run alone.
 
     Source: Lu et al. 2024 (arXiv 2402.14800), equation 2.
     """
@@ -151,6 +151,11 @@ def least_output_error(block: MoEBlock, inputs_TD: Tensor, keep: int, *, limit: 
         )
     if not len(inputs_TD):
         raise ValueError(f"{block.name}: no inputs were recorded; use recording(blocks, keep_inputs=1024)")
+    if isinstance(block.layer, nn.ModuleList) or inputs_TD.shape[1] != block.config.hidden_size:
+        raise ValueError(
+            f"{block.name}: this family's router and experts cannot be run alone on what the experts read; "
+            "use a method with a score, such as gating-norm"
+        )
     inside = [range(g * size, (g + 1) * size) for g in range(groups)]
     per_group = [list(itertools.combinations(ids, keep // groups)) for ids in inside]
     full_TD, best, least = _output(block, inputs_TD), [], math.inf
