@@ -11,9 +11,13 @@ importance, without looking for the order of its neurons; *m-smoe* brings them i
 averages router rows, too. *output-error* tries all ways to drop experts. The other arms change one thing in
 *dern*, which deletes the router rows of dropped experts; *transfer* sends their tokens after their neurons.
 
+*from-scratch* is a model of 16 experts of width 64 that was never dense, after 1200 steps: its experts share
+nothing, so that at the paper's threshold no neuron moves. It tells where the method ends; no claim is on it.
+
 The paper compresses Mixtral, Qwen2-57B and DeepSeek-MoE and measures accuracy.
 """
 
+import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -30,7 +34,7 @@ from coterie.models import Decoder, to_transformers
 from coterie.nn import Router
 from coterie.reproduce import Budget, Card, Claim, Plot, Values, train
 from coterie.reproduce.claims import Numbers
-from coterie.reproduce.domain_lm import CONFIG, domain_lm_loss, domain_loss
+from coterie.reproduce.domain_lm import CONFIG, domain_lm, domain_lm_loss, domain_loss
 from coterie.shrink import choose, dern, gating, kept_experts, m_smoe
 from coterie.shrink.merge import around_dominant, router_similarity
 from coterie.shrink.segments import reordered
@@ -74,6 +78,23 @@ def recombine(seed: int, budget: Budget, data: Any) -> Values:
     tried = (0.6,) if budget == "smoke" else (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     curve = [(t, _smaller_loss(seed, budget, text, partial(_dern, threshold=t), 4)) for t in tried]
     return {**values, "loss by threshold": curve}
+
+
+def from_scratch(seed: int, budget: Budget, data: Any, *, threshold: float) -> Values:
+    """Half of the experts of a model whose experts share no neurons; at threshold 1, dropping alone."""
+    model, text = domain_lm(seed, 5 if budget == "smoke" else 1200), _held_out(seed, budget)
+    blocks = find_moe_blocks(model)
+    whole, records = domain_loss(model, text), _calibrate(model, blocks, seed, budget)
+    done = [
+        dern(block, gating(record), 8, threshold=threshold)
+        for block, record in zip(blocks, records, strict=True)
+    ]
+    return {
+        "loss, all 16 experts": whole,
+        "loss, 8 of 16": domain_loss(model, text),
+        "cosine with the most similar neuron": statistics.fmean(each.cosine for each in done),
+        "neurons moved": statistics.fmean(each.moved for each in done),
+    }
 
 
 def _drop(block: MoEBlock, record: BlockRecord, keep: int) -> None:
@@ -121,6 +142,9 @@ ABLATIONS: dict[str, Method] = {
 ARMS = {
     "dern": recombine,
     **{name: partial(run, method=method) for name, method in (BASELINES | ABLATIONS).items()},
+    "from-scratch/drop": partial(from_scratch, threshold=1.0),
+    "from-scratch/dern": partial(from_scratch, threshold=0.6),
+    "from-scratch/dern-threshold-0": partial(from_scratch, threshold=0.0),
 }
 
 
@@ -203,10 +227,16 @@ def _upcycled(seed: int, budget: Budget) -> tuple[PreTrainedModel, list[MoEBlock
     _train(moe, steps, seed=2000 + seed)
     model = to_transformers(moe)
     blocks = find_moe_blocks(model)
+    return model, blocks, _calibrate(model, blocks, seed, budget)
+
+
+def _calibrate(
+    model: PreTrainedModel, blocks: list[MoEBlock], seed: int, budget: Budget
+) -> list[BlockRecord]:
     smoke = budget == "smoke"
     with recording(blocks, keep_inputs=64 if smoke else 1024) as records, torch.no_grad():
         model(domain_markov(4 if smoke else 128, seed=3000 + seed))
-    return model, blocks, records
+    return records
 
 
 def _train(model: Decoder, steps: int, seed: int) -> None:

@@ -60,18 +60,14 @@ def domain_loss(model: PreTrainedModel, ids_NS: Tensor) -> float:
     return _steps_loss(model(ids_NS[:, :-1]).logits, ids_NS).item()
 
 
-def domain_lm_loss(balance: float = 0.01) -> LossFn:
-    """The training loss of a decoder on `domain_markov` sequences: that of `domain_loss`, and load balance.
-
-    Args:
-        balance: weight of load balance.
-    """
+def domain_lm_loss() -> LossFn:
+    """The training loss of a decoder: that of `domain_loss`, and load balance where there are experts."""
 
     def loss_fn(model: nn.Module, ids_BS: Tensor) -> LossOutput:
         logits_BSV, routings = model(ids_BS[:, :-1])
         cross_entropy = _steps_loss(logits_BSV, ids_BS)
         tokens = ids_BS[:, 2:].numel()
-        loss = cross_entropy + balance * load_balance(routings) if routings else cross_entropy
+        loss = cross_entropy + 0.01 * load_balance(routings) if routings else cross_entropy
         return LossOutput(loss, cross_entropy.detach(), tokens, list(routings))
 
     return loss_fn
