@@ -313,6 +313,10 @@ _Report = Annotated[
 ]
 _Tokens = Annotated[int, typer.Option(help="Calibrate on this many tokens of each domain at most.")]
 _SeqLen = Annotated[int, typer.Option(help="Tokens of a sequence at most.")]
+_Stream = Annotated[
+    bool,
+    typer.Option("--stream", help="One layer in memory at a time; measures no perplexity and no speed."),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")]
 
 
@@ -335,6 +339,7 @@ def prune(
     tokens: _Tokens = 65536,
     seq_len: _SeqLen = 512,
     seed: Annotated[int, typer.Option(help="Of the method random.")] = 0,
+    stream: _Stream = False,
     json: _Json = False,
 ) -> None:
     """Keep the experts that some text needs and delete the others; compare before and after.
@@ -354,6 +359,7 @@ def prune(
             dry_run=dry_run,
             max_tokens=tokens,
             seq_len=seq_len,
+            stream=stream,
             seed=seed,
         ),
         report and not dry_run,
@@ -379,6 +385,7 @@ def merge(
     format: _Format = "transformers",
     tokens: _Tokens = 65536,
     seq_len: _SeqLen = 512,
+    stream: _Stream = False,
     json: _Json = False,
 ) -> None:
     """Merge experts that are alike, group by group; compare before and after."""
@@ -396,6 +403,7 @@ def merge(
             dry_run=dry_run,
             max_tokens=tokens,
             seq_len=seq_len,
+            stream=stream,
         ),
         report and not dry_run,
         json,

@@ -211,7 +211,7 @@ def dense(tmp_path):
         ({"--keep": 9}, "use 2 ≤ keep ≤ 8"),
         ({"--method": "magic"}, "no method 'magic'; use one of frequency"),
         ({"--format": "gguf"}, "no format 'gguf'; use transformers or coterie"),
-        ({"--calib": "empty.txt"}, "empty.txt holds 0 tokens"),
+        ({"--calib": "empty.txt"}, "empty.txt is empty"),
         ({"--calib": "short.txt"}, "short.txt holds 100 tokens"),
         ({"--calib": "nowhere.txt"}, "nowhere.txt does not exist"),
         ({"--calib": "other.jsonl"}, "token id 999, the model 257 tokens"),
@@ -256,3 +256,25 @@ def test_a_model_that_fails_while_it_is_written_leaves_no_folder(checkpoint, tex
         shrinking.prune_checkpoint(checkpoint, tmp_path / "out", keep=4, calib=[texts[0]], progress=False)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("command", [("prune", "--keep", 4), ("merge", "--groups", 4)])
+def test_one_layer_at_a_time_writes_what_the_whole_model_in_memory_does(
+    coterie, command, checkpoint, texts, tmp_path
+):
+    arguments = [command[0], checkpoint, "--calib", texts[0], "--calib", texts[1], *command[1:]]
+    status, _, err = coterie(*arguments, "--out", tmp_path / "whole")
+    assert status == 0, err
+    status, printed, err = coterie(*arguments, "--out", tmp_path / "streamed", "--stream")
+    assert status == 0, err
+    assert "4 of 8 experts in each layer" in printed
+    whole, streamed = (load(tmp_path / name) for name in ("whole", "streamed"))
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(streamed.state_dict()[name], tensor, msg=name)
+    if command[0] == "prune":
+        masks = [(tmp_path / name / "kept_experts.json").read_text() for name in ("whole", "streamed")]
+        assert masks[0] == masks[1]
+    assert AutoTokenizer.from_pretrained(tmp_path / "streamed")("ab")["input_ids"] == [97, 98]
+    status, printed, err = coterie(*arguments, "--dry-run", "--stream")
+    assert status == 0, err
+    assert "nothing was written" in printed

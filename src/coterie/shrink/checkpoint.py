@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,15 +32,13 @@ from coterie.shrink.merge import m_smoe
 from coterie.shrink.progress import Show, showing
 from coterie.shrink.prune import METHODS, OUTPUT_ERROR, check_keep, choose, restored
 from coterie.shrink.result import Measured, Shrunk
+from coterie.shrink.streamed import Edit, edit_streamed
 
 MASK = "kept_experts.json"
 MERGES = ("m-smoe", "dern")
 """What `merge_checkpoint` knows."""
 
 _KEPT_INPUTS = 2048  # tokens of each domain whose block inputs are kept, for methods that need them
-
-# (block, its records by domain, its number) → what each expert that is left is made of
-Edit = Callable[[MoEBlock, Sequence[BlockRecord], int], list[list[int]]]
 
 
 def prune_checkpoint(
@@ -55,6 +53,7 @@ def prune_checkpoint(
     max_tokens: int = 65536,
     seq_len: int = 512,
     seed: int = 0,
+    stream: bool = False,
     progress: bool | None = None,
 ) -> Shrunk:
     """Keeps the same number of experts in every layer and deletes the others.
@@ -73,6 +72,8 @@ def prune_checkpoint(
         max_tokens: to calibrate on, of each domain at most.
         seq_len: tokens of a sequence at most.
         seed: of the method "random".
+        stream: one layer's weights in memory at a time, for a checkpoint larger than memory. Perplexity and
+            speed are not measured, and an interrupted run starts anew.
         progress: True for a bar, False for silence, None for a bar on a terminal and plain lines elsewhere.
 
     Raises:
@@ -90,7 +91,7 @@ def prune_checkpoint(
         return [[i] for i in ids]
 
     inputs = _KEPT_INPUTS if method == OUTPUT_ERROR else 0
-    job = _Job(Path(folder), out, keep, calib, method, format, dry_run, max_tokens, seq_len, inputs)
+    job = _Job(Path(folder), out, keep, calib, method, format, dry_run, max_tokens, seq_len, inputs, stream)
     return job.run(edit, progress)
 
 
@@ -106,6 +107,7 @@ def merge_checkpoint(
     dry_run: bool = False,
     max_tokens: int = 65536,
     seq_len: int = 512,
+    stream: bool = False,
     progress: bool | None = None,
 ) -> Shrunk:
     """Merges the experts of every layer into the same number of groups.
@@ -122,6 +124,7 @@ def merge_checkpoint(
         dry_run: see there.
         max_tokens: see there.
         seq_len: see there.
+        stream: see there.
         progress: see there.
 
     Raises as `prune_checkpoint`.
@@ -137,7 +140,9 @@ def merge_checkpoint(
         [score_E] = mixed([[gating(record)] for record in records])
         return dern(block, score_E, groups, threshold=threshold).members
 
-    job = _Job(Path(folder), out, groups, calib, method, format, dry_run, max_tokens, seq_len, _KEPT_INPUTS)
+    job = _Job(
+        Path(folder), out, groups, calib, method, format, dry_run, max_tokens, seq_len, _KEPT_INPUTS, stream
+    )
     return job.run(edit, progress)
 
 
@@ -155,12 +160,15 @@ class _Job:
     max_tokens: int
     seq_len: int
     keep_inputs: int
+    stream: bool
 
     def run(self, edit: Edit, progress: bool | None) -> Shrunk:
         out = self._check_out()
         config = self._check_model()
         tokenizer = _tokenizer(self.folder)
         domains, heldout = self._read(config, tokenizer)
+        if self.stream:
+            return self._run_streamed(out, edit, domains, progress)
         model = load(self.folder, dtype="auto")
         blocks = find_moe_blocks(model)
         before, disk = sizes(model, blocks), bytes_on_disk(self.folder)
@@ -200,6 +208,40 @@ class _Job:
                 shutil.rmtree(folder)
                 if not any(folder.parent.iterdir()):
                     folder.parent.rmdir()
+        return shrunk
+
+    def _run_streamed(
+        self, out: Path | None, edit: Edit, domains: list[list[Tensor]], progress: bool | None
+    ) -> Shrunk:
+        model = outline(self.folder)
+        blocks = find_moe_blocks(model)
+        out = None if self.dry_run else out
+        with showing(len(blocks), progress) as show:
+            experts = edit_streamed(
+                self.folder,
+                out,
+                edit,
+                domains,
+                keep_inputs=self.keep_inputs,
+                format=cast(Format, self.format),
+                on_block=lambda block: show.step(f"{block.name}: {block.num_experts} experts"),
+            )
+        before, after = sizes(model, blocks), sizes(model, blocks, self.keep)
+        disk = bytes_on_disk(self.folder)
+        shrunk = Shrunk(
+            source=str(self.folder),
+            out=None,
+            method=self.method,
+            domains=[str(path) for path in self.calib],
+            experts=experts,
+            num_experts={block.name: block.num_experts for block in blocks},
+            before=Measured(before, disk),
+            after=Measured(after, disk - (before.memory - after.memory)),
+            calibration_tokens=[sum(ids.numel() for ids in domain) for domain in domains],
+        )
+        if out is not None:
+            _write_mask(shrunk, blocks, out)
+            shrunk.out, shrunk.after.disk = str(out), bytes_on_disk(out)
         return shrunk
 
     def _check_out(self) -> Path | None:
@@ -275,12 +317,17 @@ class _Job:
             save(model, draft, cast(Format, self.format))
             if tokenizer is not None:
                 tokenizer.save_pretrained(draft)
-            if all(len(ids) == 1 for groups in shrunk.experts.values() for ids in groups):
-                with restored(blocks, whole):
-                    save_mask(draft / MASK, blocks, [[i for [i] in ids] for ids in shrunk.experts.values()])
+            with restored(blocks, whole):
+                _write_mask(shrunk, blocks, draft)
             shrunk.after.disk = bytes_on_disk(draft)
             os.replace(draft, out)
         shrunk.out = str(out)
+
+
+def _write_mask(shrunk: Shrunk, blocks: Sequence[MoEBlock], folder: Path) -> None:
+    """Which experts were kept, where they were kept as they are."""
+    if all(len(ids) == 1 for groups in shrunk.experts.values() for ids in groups):
+        save_mask(folder / MASK, blocks, [[i for [i] in ids] for ids in shrunk.experts.values()])
 
 
 def _measure(
