@@ -49,7 +49,7 @@ class Inspection:
         num_experts: of each block.
         top_k: of each block.
         layers: what each block did; see `ExplorerLayer`.
-        overlap: [texts][texts] share of the most important quarter of the experts that two texts have in
+        overlap: `[texts][texts]`, share of the most important quarter of the experts that two texts have in
             common, over all blocks; by Σ weight · ‖output‖.
         passage: the beginning of each text, and where every block sent it.
     """
