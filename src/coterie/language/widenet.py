@@ -39,7 +39,9 @@ def widenet_vit(
 
     Args:
         config: `hidden` is the width of each expert.
-        num_experts, top_k, capacity_factor: as in `widenet_moe`.
+        num_experts: E.
+        top_k: K.
+        capacity_factor: as in `widenet_moe`.
 
     >>> from coterie.models import count_parameters
     >>> sizes = dict(patch=2, classes=10, dim=24, heads=4, hidden=48, channels=1)
@@ -61,7 +63,10 @@ def make_vit_ffn(
     Experts start Glorot-uniform, as in the authors' code, and have the tanh approximation of GELU.
 
     Args:
-        config, num_experts, top_k, capacity_factor: as in `widenet_vit`.
+        config: as in `widenet_vit`, like the others.
+        num_experts: E.
+        top_k: K.
+        capacity_factor: of each expert.
 
     >>> config = ViTConfig((8, 8), patch=2, classes=10, dim=24, layers=4, heads=4, hidden=48, channels=1)
     >>> untied = ViT(config, make_vit_ffn(config, num_experts=8))
@@ -102,7 +107,8 @@ def make_ffn(config: DecoderConfig, *, capacity_factor: float | None = 1.2) -> C
     """WideNet's layers for the reference decoder, one per depth: `tie_depth` makes them one.
 
     Args:
-        config, capacity_factor: as in `widenet_decoder`.
+        config: as in `widenet_decoder`.
+        capacity_factor: see there.
 
     Raises:
         ValueError: `config.renormalize`, or what `widenet_moe` refuses.

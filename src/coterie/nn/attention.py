@@ -18,7 +18,8 @@ class AttentionHeads:
 
     Args:
         q_BHSC: queries, as they enter the dot products.
-        k_BGPC, v_BGPC: keys and values; H a multiple of G.
+        k_BGPC: keys; H a multiple of G.
+        v_BGPC: values.
         o_proj_DN: [D, H · C] output projection.
         attend: bool, broadcasts to [B, H, S, P]: which position may attend to which; None for all.
         causal: a position attends to itself and earlier ones only.

@@ -169,7 +169,8 @@ def fluctuation(before: Routing | Sequence[Routing], after: Routing | Sequence[R
     Compare the same probe batch at two checkpoints, or a clean and a perturbed input.
 
     Args:
-        before, after: one Routing, or one per layer.
+        before: one Routing, or one per layer.
+        after: the same, of the same tokens.
 
     Raises:
         ValueError: not of the same tokens, experts or number of layers.

@@ -83,8 +83,10 @@ class Recipe:
         name: what tables call it.
         text: files and folders to learn from; empty for the Python standard library's own sources.
         model: arguments of `DecoderConfig` that differ from `SIZES`.
-        router, score, experts, system: {"name": …, and the part's options}; empty for the default, which is
-            top-k over a linear score and SwiGLU experts. A system is router, experts and loss in one.
+        router: {"name": …, and the part's options}; empty for top-k.
+        score: the same; empty for a linear one.
+        experts: the same; empty for SwiGLU experts.
+        system: the same; router, experts and loss in one, instead of those.
         loss: arguments of `language_model_loss`.
         train: the training.
 
