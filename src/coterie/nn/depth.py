@@ -24,8 +24,8 @@ from coterie.nn.score import wide
 class DepthState(NamedTuple):
     """What layers hand on beside x [..., D]; every tensor has x's shape.
 
-    `momentum` is p of heavy-ball momentum; `mean` and `square` are Adam's moments over the layers so far, None
-    before the first Adam layer, and `adam_layers` says how many layers they are over.
+    `momentum` is p of heavy-ball momentum; `mean` and `square` are Adam's moments over the layers so far, or
+    None before the first Adam layer; `adam_layers` says how many they are over.
     """
 
     momentum: Tensor
