@@ -27,11 +27,12 @@ def test_every_public_name_is_in_the_reference():
     import coterie.data
     import coterie.models
     import coterie.nn
+    import coterie.shrink
     import coterie.train
 
     text = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
     protocols_and_types = {"AnyRouter", "Experts", "Cache", "Span", "Callback", "Run", "LossFn"}
-    for room in (coterie.nn, coterie.models, coterie.train, coterie.data):
+    for room in (coterie.nn, coterie.models, coterie.train, coterie.data, coterie.shrink):
         for name in set(room.__all__) - protocols_and_types:
             if name[0].isupper() and not name.isupper():
                 assert f".{name}\n" in text, f"{room.__name__}.{name} is missing from docs/reference"

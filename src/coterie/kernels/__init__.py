@@ -3,12 +3,17 @@
 from coterie.kernels.activations import ACTIVATIONS
 from coterie.kernels.dispatch import Dispatch, sort_by_expert
 from coterie.kernels.grouped import available_backends, default_backend, grouped_mlp
+from coterie.kernels.low_bit import PackedBank, low_bit_mlp
+from coterie.kernels.packed import PackedWeight
 
 __all__ = [
     "ACTIVATIONS",
     "Dispatch",
+    "PackedBank",
+    "PackedWeight",
     "available_backends",
     "default_backend",
     "grouped_mlp",
+    "low_bit_mlp",
     "sort_by_expert",
 ]

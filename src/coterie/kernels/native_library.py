@@ -112,6 +112,15 @@ class Mlp(ctypes.Structure):
     ]
 
 
+class Codes(ctypes.Structure):
+    """struct CoterieCodes of csrc/coterie.h, field for field."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "input_scale")],
+        *[(name, ctypes.c_int32) for name in ("bits", "group")],
+    ]
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The loaded library; OSError says why there is none."""
@@ -121,6 +130,8 @@ def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     for call in (loaded.coterie_forward, loaded.coterie_backward):
         call.argtypes, call.restype = [ctypes.POINTER(Mlp)], ctypes.c_int
+    loaded.coterie_low_bit.argtypes = [ctypes.POINTER(Mlp), ctypes.POINTER(Codes)]
+    loaded.coterie_low_bit.restype = ctypes.c_int
     loaded.coterie_isa.argtypes, loaded.coterie_isa.restype = [ctypes.c_int], ctypes.c_char_p
     loaded.coterie_multiply_adds.argtypes = [ctypes.c_int, ctypes.c_int]
     loaded.coterie_multiply_adds.restype = ctypes.c_double

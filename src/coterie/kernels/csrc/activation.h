@@ -60,6 +60,18 @@ INLINE V activate(V x) {
   return A == kRelu ? positive : positive * positive;
 }
 
+// The same where the choice costs little beside the sums that x came from.
+INLINE V activate(int activation, V x) {
+  switch (activation) {
+    case kSilu: return activate<kSilu>(x);
+    case kGelu: return activate<kGelu>(x);
+    case kGeluTanh: return activate<kGeluTanh>(x);
+    case kRelu: return activate<kRelu>(x);
+    case kRelu2: return activate<kRelu2>(x);
+    default: return activate<kSigmoid>(x);
+  }
+}
+
 // The activation at x, and its derivative.
 template <int A>
 INLINE V activate(V x, V* slope) {

@@ -38,9 +38,23 @@ struct CoterieMlp {
   void *dw_in, *dw_out, *db_in, *db_out;  // contiguous
 };
 
-// 0, or 1 when memory ran out.
+// A matrix [rows, columns] of an expert in few bits: element = input_scale · scale · (level − zero), where a
+// level is the code's two's complement, or ±1 with one bit. Rows are padded to 16 and columns to 32; the order
+// of the codes is told in low_bit_block.h. Scales and zeros: [ceil(rows / 16), groups, 16].
+struct CoterieCodes {
+  const uint32_t* codes;
+  const uint16_t* scales;    // bfloat16
+  const int8_t* zeros;       // or null: all 0
+  const float* input_scale;  // [columns], or null: all 1
+  int32_t bits;              // 1, 2, 3, 4 or 8
+  int32_t group;             // columns that share a scale, a multiple of 32
+};
+
+// 0, or 1 when memory ran out. The packed banks of coterie_low_bit are codes [E][3]: gate (or the only first
+// matrix), up, down, which take the place of w_in and w_out; gate and up share an input scale.
 int coterie_forward(const CoterieMlp* mlp);
 int coterie_backward(const CoterieMlp* mlp);
+int coterie_low_bit(const CoterieMlp* mlp, const CoterieCodes* codes);
 
 // Name of the instruction set in use. `limit` caps the choice (0 portable … 3 avx512-bf16).
 const char* coterie_isa(int limit);

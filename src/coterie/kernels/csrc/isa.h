@@ -9,6 +9,7 @@ struct Isa {
   const char* name;
   int (*forward)(const CoterieMlp&);
   int (*backward)(const CoterieMlp&);
+  int (*low_bit)(const CoterieMlp&, const CoterieCodes*);
   double (*multiply_adds)(int dtype, int threads);
   float (*read_memory)(const float* data, long count, int threads);
 };

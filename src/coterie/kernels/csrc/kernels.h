@@ -17,6 +17,7 @@ namespace coterie {
 namespace {  // a copy for each instruction set
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 template <bool, class Yes, class>
 struct Choose {
@@ -34,6 +35,8 @@ struct Choose<false, Yes, No> {
 #include "tile.h"
 #include "panel.h"
 #include "forward.h"
+#include "low_bit_block.h"
+#include "low_bit.h"
 #include "outer.h"
 #include "backward.h"
 #include "floor.h"
@@ -41,6 +44,9 @@ struct Choose<false, Yes, No> {
 
 int run_forward(const CoterieMlp& p) { return p.dtype ? forward<bf16>(p) : forward<float>(p); }
 int run_backward(const CoterieMlp& p) { return p.dtype ? backward<bf16>(p) : backward<float>(p); }
+int run_low_bit(const CoterieMlp& p, const CoterieCodes* codes) {
+  return p.dtype ? low_bit<bf16>(p, codes) : low_bit<float>(p, codes);
+}
 double run_multiply_adds(int dtype, int threads) {
   return dtype ? multiply_adds<kPer<bf16>>(threads) : multiply_adds<1>(threads);
 }
@@ -48,6 +54,6 @@ double run_multiply_adds(int dtype, int threads) {
 }  // namespace
 
 extern const Isa KERNELS;
-const Isa KERNELS = {NAME, run_forward, run_backward, run_multiply_adds, read_memory};
+const Isa KERNELS = {NAME, run_forward, run_backward, run_low_bit, run_multiply_adds, read_memory};
 
 }  // namespace coterie

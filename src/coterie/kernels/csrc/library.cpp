@@ -39,6 +39,9 @@ extern "C" {
 
 int coterie_forward(const CoterieMlp* mlp) { return coterie::chosen->forward(*mlp); }
 int coterie_backward(const CoterieMlp* mlp) { return coterie::chosen->backward(*mlp); }
+int coterie_low_bit(const CoterieMlp* mlp, const CoterieCodes* codes) {
+  return coterie::chosen->low_bit(*mlp, codes);
+}
 
 double coterie_multiply_adds(int dtype, int threads) { return coterie::chosen->multiply_adds(dtype, threads); }
 
