@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 
 from coterie.hf.blocks import find_moe_blocks
-from coterie.hf.save import MANIFEST
+from coterie.hf.save import MANIFEST, PACKED
 
 
 def load(folder: Path | str, **options: Any) -> PreTrainedModel:
@@ -22,10 +22,13 @@ def load(folder: Path | str, **options: Any) -> PreTrainedModel:
 
     Returns the model, in evaluation mode, of the class that config.json names.
 
-    Raises ValueError if a file is missing or damaged, or the class is not one of transformers.
+    Raises ValueError if a file is missing or damaged, the class is not one of transformers, or the experts
+    are packed.
     """
     folder = Path(folder)
     check_files(folder)
+    if (folder / PACKED).exists():
+        raise ValueError(f"the experts in {folder} are packed; coterie.shrink.load_packed loads it")
     model_class = _model_class(folder)
     manifest = folder / MANIFEST
     if manifest.exists():

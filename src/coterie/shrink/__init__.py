@@ -4,37 +4,55 @@ from coterie.kernels import PackedWeight
 from coterie.shrink.experts import QuantizedExperts
 from coterie.shrink.gptq import HessianMean, gptq
 from coterie.shrink.importance import IMPORTANCE, importance, kept_experts, mixed, overlap
+from coterie.shrink.knapsack import cheapest_choices
 from coterie.shrink.mask import load_mask, save_mask
+from coterie.shrink.mc_sharp import ExpertStatistics, allocate_bits, expert_statistics
 from coterie.shrink.measure import Sizes, bytes_on_disk, interleaved_speed, perplexity, sizes
 from coterie.shrink.merge import m_smoe
+from coterie.shrink.packed_blocks import PackedExperts, pack_block
+from coterie.shrink.packed_checkpoint import load_packed, save_packed
 from coterie.shrink.prune import METHODS, Silenced, choose, least_output_error, no_reroute, prune, pruned
 from coterie.shrink.quantize import awq, rtn
+from coterie.shrink.quantize_block import quantize_block
+from coterie.shrink.routed import RoutedTokens, block_inputs, routed_tokens
 
 __all__ = [
     "IMPORTANCE",
     "METHODS",
+    "ExpertStatistics",
     "HessianMean",
+    "PackedExperts",
     "PackedWeight",
     "QuantizedExperts",
+    "RoutedTokens",
     "Silenced",
     "Sizes",
+    "allocate_bits",
     "awq",
+    "block_inputs",
     "bytes_on_disk",
+    "cheapest_choices",
     "choose",
+    "expert_statistics",
     "gptq",
     "importance",
     "interleaved_speed",
     "kept_experts",
     "least_output_error",
     "load_mask",
+    "load_packed",
     "m_smoe",
     "mixed",
     "no_reroute",
     "overlap",
+    "pack_block",
     "perplexity",
     "prune",
     "pruned",
+    "quantize_block",
+    "routed_tokens",
     "rtn",
     "save_mask",
+    "save_packed",
     "sizes",
 ]

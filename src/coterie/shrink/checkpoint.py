@@ -152,7 +152,7 @@ class _Job:
     def run(self, edit: Edit, progress: bool | None) -> Shrunk:
         out = self._check_out()
         config = self._check_model()
-        tokenizer = _tokenizer(self.folder)
+        tokenizer = read_tokenizer(self.folder)
         domains, heldout = self._read(config, tokenizer)
         model = load(self.folder, dtype="auto")
         blocks = find_moe_blocks(model)
@@ -294,7 +294,8 @@ def _beside(out: Path) -> Path:
     return out.with_name(f"{out.name}.calibration")
 
 
-def _tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer, or None if it has none."""
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     if not any((folder / name).is_file() for name in names):
         return None

@@ -32,7 +32,7 @@ def cheapest_choices(
     MC (Huang et al. 2024, equation 4), which the authors give to a commercial solver.
 
     >>> cheapest_choices([[9, 4, 1], [5, 3, 2], [9, 2, 0]], sizes=[1, 2, 3], budget=6)
-    [1, 0, 2]
+    [2, 0, 1]
     """
     costs = np.asarray(costs_NJ, dtype=np.float64)
     if costs.ndim != 2 or costs.shape[1] != len(sizes):

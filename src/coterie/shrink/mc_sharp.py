@@ -164,8 +164,8 @@ def router_softmax(block: MoEBlock, inputs_TD: Tensor) -> Tensor:
     router = block.router
     if router.rows.shape[1] != inputs_TD.shape[1]:
         raise ValueError(
-            f"{block.name}: its router has rows of {router.rows.shape[1]} for inputs of {inputs_TD.shape[1]}; "
-            "expert statistics need a linear router"
+            f"{block.name}: its router has rows of {router.rows.shape[1]} for inputs of "
+            f"{inputs_TD.shape[1]}; expert statistics need a linear router"
         )
     logits_TE = F.linear(inputs_TD.float(), router.rows.float())
     return (logits_TE if router.bias is None else logits_TE + router.bias.float()).softmax(-1)

@@ -3,6 +3,7 @@
 Letters: T tokens, K slots per token, E experts, D width, F hidden width.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from coterie.hf import MoEBlock
 from coterie.hf.experts import fused_activation
 from coterie.kernels import PackedWeight, low_bit_mlp, sort_by_expert
 from coterie.kernels.activations import get_activation
+from coterie.kernels.packed import COLUMNS, ROWS, check_group_size
 from coterie.shrink.experts import QuantizedExperts
 
 
@@ -63,6 +65,20 @@ def pack_block(
     for place in (block, *block.also):
         set_bank(model, bank_name(place), packed)
     return packed
+
+
+def packed_nbytes(block: MoEBlock, bits: Sequence[int], group_size: int) -> int:
+    """Bytes that a block's experts will take when packed, asymmetric groups and padding included."""
+    tensors, total = block.experts, 0
+    matrices = [m for m in (tensors.gate, tensors.up, tensors.down) if m is not None]
+    for _, rows, columns in [tuple(m.shape) for m in matrices]:
+        blocks, units = -(-rows // ROWS), -(-columns // COLUMNS)
+        groups = -(-columns // check_group_size(group_size, columns))
+        for width in bits:
+            per_group = 2 if width == 1 else 3  # a bfloat16 scale; one bit has no int8 zero point
+            total += ROWS * blocks * (4 * units * width + groups * per_group)
+    biases = [b for b in (tensors.gate_bias, tensors.up_bias, tensors.down_bias) if b is not None]
+    return total + sum(b.nbytes for b in biases)
 
 
 def bank_name(block: MoEBlock) -> str:
