@@ -15,14 +15,27 @@ from coterie.shrink.prune import METHODS, Silenced, choose, least_output_error, 
 from coterie.shrink.quantize import awq, rtn
 from coterie.shrink.quantize_block import quantize_block
 from coterie.shrink.routed import RoutedTokens, block_inputs, routed_tokens
+from coterie.shrink.top_any import (
+    Kept,
+    Mask,
+    PrefixMask,
+    random_mask,
+    ratio_threshold,
+    top_any,
+    train_top_any,
+    weight_ratio,
+)
 
 __all__ = [
     "IMPORTANCE",
     "METHODS",
     "ExpertStatistics",
     "HessianMean",
+    "Kept",
+    "Mask",
     "PackedExperts",
     "PackedWeight",
+    "PrefixMask",
     "QuantizedExperts",
     "RoutedTokens",
     "Silenced",
@@ -50,9 +63,14 @@ __all__ = [
     "prune",
     "pruned",
     "quantize_block",
+    "random_mask",
+    "ratio_threshold",
     "routed_tokens",
     "rtn",
     "save_mask",
     "save_packed",
     "sizes",
+    "top_any",
+    "train_top_any",
+    "weight_ratio",
 ]

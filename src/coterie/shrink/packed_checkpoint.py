@@ -30,7 +30,7 @@ def save_packed(model: PreTrainedModel, blocks: Sequence[MoEBlock], folder: Path
     Raises ValueError, before anything is written, if the folder is taken or no block is packed.
     """
     folder = Path(folder)
-    check_output(folder, model.name_or_path)
+    check_output(folder, str(model.name_or_path))
     layouts = {
         name: {"bits": module.packed.bits, **module.packed.layout()}
         for name, module in model.named_modules()

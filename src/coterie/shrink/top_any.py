@@ -59,7 +59,8 @@ class PrefixMask(nn.Module):
         else:
             chosen_TK = F.gumbel_softmax(z_TK, self.temperature, hard=True)
         # prefix r keeps slots 0 … r: slot j stays in prefixes j and longer
-        return chosen_TK.flip(1).cumsum(1).flip(1)
+        mask_TK: Tensor = chosen_TK.flip(1).cumsum(1).flip(1)
+        return mask_TK
 
 
 def weight_ratio(threshold: float) -> Mask:
