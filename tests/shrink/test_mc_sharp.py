@@ -89,7 +89,7 @@ def test_frequencies_sum_to_top_k_even_for_one_token(block_and_inputs):
 def test_an_expert_that_no_token_reached_is_warned_of_and_gets_one_bit():
     frequency, weight = torch.tensor([0.7, 0.7, 0.0, 0.6]), torch.tensor([0.5, 0.3, 0.0, 0.1])
     given = ExpertStatistics("mlp", frequency, weight, torch.tensor([[9.0, 4, 1]] * 4), tokens=100)
-    with pytest.warns(UserWarning, match=r"mlp: no calibration token reached experts \[2\]"):
+    with pytest.warns(UserWarning, match=r"mlp: no calibration token reached experts \[2\]; they get 1 bit"):
         bits = allocate_bits(given, 2.0)
     assert bits[2] == 1
 

@@ -100,7 +100,8 @@ def allocate_bits(
     """Bits of each expert of a block: the least Σ frequency^α · weight^β · error^γ within the budget.
 
     At least one expert gets each width but the smallest, as the paper has it. Frequencies and weights are
-    divided by their sums; that changes no choice.
+    divided by their sums; that changes no choice. An expert that no token reached costs nothing at any width,
+    so it gets the smallest, with a UserWarning.
 
     Args:
         statistics: of the block.
@@ -123,14 +124,11 @@ def allocate_bits(
     unused = [e for e, f in enumerate(statistics.frequency.tolist()) if f == 0]
     if unused:
         warnings.warn(
-            f"{statistics.name}: no calibration token reached experts {unused}; more text would tell more",
+            f"{statistics.name}: no calibration token reached experts {unused}; "
+            f"they get {min(bits)} bit, more text would tell more",
             stacklevel=2,
         )
-    # an expert that was never seen would be free at any width: count it as seen once
-    frequency_E, weight_E = (
-        t.double().clamp(min=1 / max(statistics.tokens, 1)) if unused else t.double()
-        for t in (statistics.frequency, statistics.weight)
-    )
+    frequency_E, weight_E = statistics.frequency.double(), statistics.weight.double()
     frequency_E, weight_E = frequency_E / frequency_E.sum(), weight_E / weight_E.sum()
     cost_E = frequency_E**alpha * weight_E**beta
     costs_EJ = cost_E.unsqueeze(1) * statistics.error.double() ** gamma
@@ -167,5 +165,5 @@ def router_softmax(block: MoEBlock, inputs_TD: Tensor) -> Tensor:
             f"{block.name}: its router has rows of {router.rows.shape[1]} for inputs of "
             f"{inputs_TD.shape[1]}; expert statistics need a linear router"
         )
-    logits_TE = F.linear(inputs_TD.float(), router.rows.float())
-    return (logits_TE if router.bias is None else logits_TE + router.bias.float()).softmax(-1)
+    bias = None if router.bias is None else router.bias.float().cpu()
+    return F.linear(inputs_TD.float(), router.rows.float().cpu(), bias).softmax(-1)

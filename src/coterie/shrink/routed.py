@@ -105,7 +105,7 @@ def routed_tokens(block: MoEBlock, inputs_TD: Tensor) -> RoutedTokens:
     parameter = next(block.module.parameters())
     handle = block.bank.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        block.module(inputs_TD.to(parameter).unsqueeze(0))
+        block.module(inputs_TD.to(parameter.device).unsqueeze(0))
     except _Enough:
         pass
     finally:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from coterie.shrink.packed_blocks import PackedExperts
+
 # (tokens [T, D], combine weights [T, K], falling) → 1 for each slot that stays, 0 for others [T, K]
 Mask = Callable[[Tensor, Tensor], Tensor]
 
@@ -228,7 +230,8 @@ def _masking(mask: Mask, count: Kept, renormalize: bool) -> Any:
             kept_TK = kept_TK * (weights_TK.sum(1, keepdim=True) / total_T1)
         given["top_k_weights"] = kept_TK
         if not kept_TK.requires_grad:
-            given["top_k_index"] = experts_TK.masked_fill(mask_TK == 0, module.num_experts)
+            experts = module.num_experts if isinstance(module, PackedExperts) else len(module.down_proj)
+            given["top_k_index"] = experts_TK.masked_fill(mask_TK == 0, experts)
         count.slots += mask_TK.numel()
         count.kept += int(mask_TK.detach().sum())
         return (), given
