@@ -4,9 +4,10 @@
         [--dtype bfloat16]
 
 Every contender computes the same experts (Qwen3-MoE's) from the same routing, in turn within each round; a
-row keeps their medians. st-moe-pytorch has experts and a gate of its own, of the same sizes, and takes part
-in float32 when it is installed; the ratio is to the best of transformers. The floor of a row is the larger of
-FLOPs/peak and bytes/bandwidth, both measured at the start of the same run.
+row keeps their medians. One that is ten times slower than the quickest in the first round stands with that
+time. st-moe-pytorch has experts and a gate of its own, of the same sizes, and takes part in float32 when
+it is installed; the ratio is to the best of transformers. The floor of a row is the larger of FLOPs/peak and
+bytes/bandwidth, both measured at the start of the same run.
 """
 
 import argparse
@@ -35,6 +36,7 @@ SHAPES = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PEERS = ("eager", "grouped_mm", "batched_mm")
+HOPELESS = 10  # times slower than the quickest in the first round: not called again, that time stands
 BATCHED_LIMIT = 2 << 30  # bytes: batched_mm copies the weights of every (token, expert) pair
 
 
@@ -75,9 +77,9 @@ def main() -> None:
                     )
                     rows.append(layer.row(amount, kind, seconds, flops, bandwidth))
                     print_row(rows[-1])
+                if options.json:
+                    options.json.write_text(json.dumps({"floors": floors, "rows": rows}, indent=1))
     print_table(rows, floors)
-    if options.json:
-        options.json.write_text(json.dumps({"floors": floors, "rows": rows}, indent=1))
     if options.plot:
         plot(rows, options.plot)
 
@@ -126,7 +128,7 @@ class Layer:
         times: dict[str, list[float]] = {name: [] for name in contenders}
         inputs = [x, weights, *self.module.parameters()]
         for round_ in range(rounds + 1):  # the first is to warm up
-            for name, run in contenders.items():
+            for name, run in list(contenders.items()):
                 start = time.perf_counter()
                 with torch.set_grad_enabled(backward):
                     y = run()
@@ -135,8 +137,14 @@ class Layer:
                     elif backward:
                         torch.autograd.grad(y, inputs, direction)
                 del y
-                if round_:
-                    times[name].append(time.perf_counter() - start)
+                times[name].append(time.perf_counter() - start)
+            if not round_:
+                quickest = min(seconds[0] for seconds in times.values())
+                for name, seconds in times.items():
+                    if seconds[0] > HOPELESS * quickest:
+                        del contenders[name]
+                    else:
+                        seconds.clear()
         return {name: statistics.median(values) for name, values in times.items()}
 
     def row(self, tokens: int, kind: str, seconds: dict[str, float], peak: float, bandwidth: float) -> dict:

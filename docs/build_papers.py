@@ -99,12 +99,12 @@ def measured(experiment: Experiment, result: Result) -> Iterator[str]:
         if outcome.note:
             yield from ["", f"*{outcome.text}*: {outcome.note}"]
     yield from ["", "## What was measured", "", measured_note(result), ""]
-    for title, columns, rows in arm_tables(result):
+    for title, columns, rows in arm_tables(result.arms):
         yield from [f"### {title}", ""] if title else []
         yield from [*table(columns, rows), ""]
     yield STYLE
     for plot in experiment.plots:
-        if lines_of(plot, result):
+        if lines_of(plot, result.arms):
             yield from ["", f"### {plot.curve[0].upper()}{plot.curve[1:]}", "", plot.note, ""]
             yield f'<div class="paper">{draw(plot, result)}</div>'
     yield from ["", "## How this was made", ""]

@@ -25,6 +25,7 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
 
 def test_every_public_name_is_in_the_reference():
     import coterie.data
+    import coterie.hf
     import coterie.models
     import coterie.nn
     import coterie.shrink
@@ -32,7 +33,14 @@ def test_every_public_name_is_in_the_reference():
 
     text = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
     protocols_and_types = {"AnyRouter", "Experts", "Cache", "Span", "Callback", "Run", "LossFn"}
-    for room in (coterie.nn, coterie.models, coterie.train, coterie.data, coterie.shrink):
+    for room in (
+        coterie.nn,
+        coterie.models,
+        coterie.train,
+        coterie.data,
+        coterie.hf,
+        coterie.shrink,
+    ):
         for name in set(room.__all__) - protocols_and_types:
             if name[0].isupper() and not name.isupper():
                 assert f".{name}\n" in text, f"{room.__name__}.{name} is missing from docs/reference"

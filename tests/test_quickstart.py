@@ -75,16 +75,17 @@ def test_transformers_loads_the_checkpoints_and_generates_from_them(finished):
 
 
 def test_held_out_loss_is_that_of_the_saved_model(finished, text):
-    from coterie.quickstart import HELDOUT_WINDOWS, Plan, _corpora, _sample
+    from coterie.quickstart import Plan, _corpora
+    from coterie.recipe.measure import HELDOUT_WINDOWS, sample
 
     report, out = finished
     _, heldout = _corpora(Plan([str(text)], 0, 4))
     model, total, count = load_pretrained(out / "moe"), 0.0, 0
-    sample = _sample(heldout, HELDOUT_WINDOWS)
-    for i in range(len(sample)):
-        logits = model(sample[i][None, :-1])[0][0].double()
-        total += torch.nn.functional.cross_entropy(logits, sample[i][1:], reduction="sum").item()
-        count += len(sample[i]) - 1
+    some = sample(heldout, HELDOUT_WINDOWS)
+    for i in range(len(some)):
+        logits = model(some[i][None, :-1])[0][0].double()
+        total += torch.nn.functional.cross_entropy(logits, some[i][1:], reduction="sum").item()
+        count += len(some[i]) - 1
     assert report.arms[1].held_out == pytest.approx(total / count / 0.6931471805599453, rel=1e-4)
 
 

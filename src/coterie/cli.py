@@ -96,6 +96,148 @@ def doctor(
         raise typer.Exit(1)
 
 
+train_app = typer.Typer(help="Train a model of your own.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
+
+
+@train_app.command("lm", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train_lm(
+    context: typer.Context,
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe in YAML; options win over it.")] = None,
+    router: Annotated[str | None, typer.Option(help="Such as top-k, top-p, hash.")] = None,
+    experts: Annotated[str | None, typer.Option(help="Such as swiglu, mlp.")] = None,
+    system: Annotated[str | None, typer.Option(help="A published system, such as moe-plus-plus.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="File or folder to learn from; repeat for more. Default: Python's own sources."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for model and report.")] = Path("coterie-lm"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")] = False,
+) -> None:
+    """Train a language model put together from named parts.
+
+    Any option of a part can be given: --router.p 0.4 --model.layers 6 --train.steps 500.
+    `coterie train parts` lists them all.
+    """
+    from coterie.recipe import Recipe
+    from coterie.recipe.train import print_trained
+    from coterie.recipe.train import train_lm as train
+
+    named = {"router": router, "experts": experts, "system": system, "text": text}
+    overrides: list[tuple[str, object]] = [(key, value) for key, value in named.items() if value]
+    overrides += _part_options(context.args)
+    what: Recipe | None = None
+    if recipe is not None:
+        what = Recipe.read(recipe, overrides)
+    elif overrides or not resume:
+        what = Recipe.parse("", overrides)
+    report = train(what, out, resume=resume)
+    if report is None:
+        typer.echo(f"coterie: interrupted; go on with: coterie train lm --resume --out {out}", err=True)
+        raise typer.Exit(130)
+    if json:
+        typer.echo(report.to_json())
+    else:
+        print_trained(report, out)
+
+
+@train_app.command("parts")
+def train_parts() -> None:
+    """List what a recipe can name, with every option and its default."""
+    from coterie.recipe.recipe import parts
+
+    for section, named in parts().items():
+        for name, options in named.items():
+            typer.echo(f"{section}{name and ': ' + name}")
+            for option in options:
+                typer.echo(f"    --{section}.{str(option).replace('_', '-', option.name.count('_'))}")
+
+
+@app.command()
+def compare(
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes in YAML; the first sets the cost.")],
+    equal: Annotated[
+        str,
+        typer.Option(
+            help="active: parameters per token, by width. flops: of training, by steps. steps: as is."
+        ),
+    ] = "active",
+    seeds: Annotated[int, typer.Option(help="How many trainings of each.")] = 1,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Learn from this instead of the recipes' text.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results and report.")] = Path("coterie-compare"),
+    json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")] = False,
+) -> None:
+    """Train several recipes on the same text at equal cost, and show them side by side."""
+    from coterie.recipe import Recipe, compare_recipes
+    from coterie.recipe.compare import print_comparison
+
+    read = [Recipe.read(path, [("text", text)] if text else []) for path in recipes]
+    try:
+        result = compare_recipes(read, equal=equal, seeds=seeds, out=out)
+    except KeyboardInterrupt:
+        typer.echo("coterie: interrupted; the same command goes on with what is left", err=True)
+        raise typer.Exit(130) from None
+    if json:
+        typer.echo(result.to_json())
+    else:
+        print_comparison(result, out)
+
+
+def _part_options(args: list[str]) -> list[tuple[str, object]]:
+    """`--section.option value` and `--section.option=value` as (section.option, value in YAML)."""
+    import yaml
+
+    found, rest = [], list(args)
+    while rest:
+        flag = rest.pop(0)
+        key, assigned, value = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or "." not in key:
+            raise ValueError(
+                f"{flag!r} is no option; parts take theirs as --section.option, as in --router.p 0.4"
+            )
+        if not assigned:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"{flag} needs a value")
+            value = rest.pop(0)
+        found.append((key.replace("-", "_"), yaml.safe_load(value)))
+    return found
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="Folder of a checkpoint: config.json and safetensors.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text file, folder, .jsonl, saved dataset, or ids as .pt or .safetensors; repeat to compare."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Of each text, at most.")] = 4096,
+    html: Annotated[Path | None, typer.Option(help="Write the routing explorer here, one page.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")] = False,
+) -> None:
+    """Say what each expert of a checkpoint does with some text; one layer is in memory at a time."""
+    from coterie.inspect import inspect, print_inspection, show_progress, write_page
+
+    try:
+        with show_progress() as progress:
+            found = inspect(model, text or [], tokens=tokens, progress=progress)
+    except KeyboardInterrupt:
+        typer.echo("coterie: interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from None
+    if html:
+        write_page(html, found, command="coterie " + " ".join(sys.argv[1:]))
+    if json:
+        typer.echo(found.to_json())
+        return
+    print_inspection(found)
+    if html:
+        typer.echo(f"\nexplorer    {html}")
+
+
 @app.command()
 def papers(
     query: Annotated[
@@ -166,7 +308,9 @@ _Format = Annotated[
     str, typer.Option(help="transformers: loads without coterie. coterie: layers may differ, too.")
 ]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be kept; write nothing.")]
-_Report = Annotated[bool, typer.Option("--report", help="Write OUT/report.html, too.")]
+_Report = Annotated[
+    bool, typer.Option("--report", help="Write OUT/report.html, too, unless it is a dry run.")
+]
 _Tokens = Annotated[int, typer.Option(help="Calibrate on this many tokens of each domain at most.")]
 _SeqLen = Annotated[int, typer.Option(help="Tokens of a sequence at most.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")]
@@ -197,13 +341,24 @@ def prune(
 
     Run it again after an interruption and it goes on with the calibration that was done.
     """
-    from functools import partial
-
     from coterie.shrink.checkpoint import prune_checkpoint
 
-    options = {"keep": keep, "method": method, "seed": seed, "calib": calib, "format": format}
-    options |= {"dry_run": dry_run, "max_tokens": tokens, "seq_len": seq_len}
-    _shrink(partial(prune_checkpoint, model, out, **options), report, dry_run, json)
+    _shrink(
+        lambda: prune_checkpoint(
+            model,
+            out,
+            keep=keep,
+            calib=calib,
+            method=method,
+            format=format,
+            dry_run=dry_run,
+            max_tokens=tokens,
+            seq_len=seq_len,
+            seed=seed,
+        ),
+        report and not dry_run,
+        json,
+    )
 
 
 @app.command()
@@ -211,7 +366,13 @@ def merge(
     model: Annotated[Path, typer.Argument(help="Folder of a checkpoint, with its tokenizer.")],
     calib: _Calib,
     groups: Annotated[int, typer.Option(help="Experts that are left in each layer.")],
-    method: Annotated[str, typer.Option(help="m-smoe.")] = "m-smoe",
+    method: Annotated[
+        str,
+        typer.Option(help="m-smoe, whole experts; or dern, neuron by neuron into the experts that are left."),
+    ] = "m-smoe",
+    threshold: Annotated[
+        float, typer.Option(help="Of dern: the cosine above which a neuron counts as similar, -1 to 1.")
+    ] = 0.6,
     out: _Out = None,
     report: _Report = False,
     dry_run: _DryRun = False,
@@ -221,13 +382,24 @@ def merge(
     json: _Json = False,
 ) -> None:
     """Merge experts that are alike, group by group; compare before and after."""
-    from functools import partial
-
     from coterie.shrink.checkpoint import merge_checkpoint
 
-    options = {"groups": groups, "method": method, "calib": calib, "format": format}
-    options |= {"dry_run": dry_run, "max_tokens": tokens, "seq_len": seq_len}
-    _shrink(partial(merge_checkpoint, model, out, **options), report, dry_run, json)
+    _shrink(
+        lambda: merge_checkpoint(
+            model,
+            out,
+            groups=groups,
+            calib=calib,
+            method=method,
+            threshold=threshold,
+            format=format,
+            dry_run=dry_run,
+            max_tokens=tokens,
+            seq_len=seq_len,
+        ),
+        report and not dry_run,
+        json,
+    )
 
 
 @app.command()
@@ -280,11 +452,9 @@ def quantize(
         print_quantized(quantized)
 
 
-def _shrink(run: Callable[[], "Shrunk"], report: bool, dry_run: bool, json: bool) -> None:
+def _shrink(run: Callable[[], "Shrunk"], report: bool, json: bool) -> None:
     from coterie.report.shrunk import print_shrunk, write_shrunk_page
 
-    if report and dry_run:
-        raise ValueError("--report is written into the output folder, and --dry-run writes none; use one")
     try:
         shrunk = run()
     except KeyboardInterrupt:

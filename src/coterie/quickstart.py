@@ -16,55 +16,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Subset
 
 import coterie
-from coterie.data import (
-    END_OF_TEXT,
-    VOCAB_SIZE,
-    ByteCorpus,
-    ByteWindows,
-    byte_tokenizer,
-    find_text,
-    split_by_file,
-    stdlib_sources,
-)
-from coterie.models import Decoder, DecoderConfig, generate, save_pretrained
-from coterie.nn import Routing
-from coterie.report import (
-    Arm,
-    Report,
-    attracted_bytes,
-    attracted_words,
-    compare,
-    format_duration,
-    load_by_layer,
-    passage,
-    write_report,
-)
+from coterie.data import VOCAB_SIZE, ByteWindows, byte_tokenizer
+from coterie.models import Decoder, DecoderConfig, save_pretrained
+from coterie.recipe.measure import corpora, look_inside, measure_arm, sample
+from coterie.recipe.recipe import SIZES
+from coterie.report import Arm, Report, compare, format_duration, write_report
 from coterie.report.html import write_whole
-from coterie.train import History, PeakMemory, evaluate, fit, language_model_loss
+from coterie.train import History, PeakMemory, fit, language_model_loss
 
-# 8 experts, top-2, half as wide each as the dense network; the 8 columns more that the dense network gets
-# outweigh the router, so that the MoE never has more active parameters.
-MOE = DecoderConfig(
-    VOCAB_SIZE,
-    dim=96,
-    layers=3,
-    heads=3,
-    kv_heads=3,
-    head_dim=32,
-    hidden=2 * 192 + 8,
-    num_experts=8,
-    top_k=2,
-    expert_hidden=192,
-    max_len=1024,
-    tie_embeddings=False,
-)
+MOE = DecoderConfig(VOCAB_SIZE, **SIZES)
 DENSE = replace(MOE, num_experts=0, expert_hidden=0)
 SEQ_LEN, BATCH_SIZE, LEARNING_RATE, BALANCE = 128, 8, 4e-3, 0.02
 STEPS = 2000
-HELDOUT_WINDOWS = 1024
 
 
 @dataclass
@@ -120,7 +85,7 @@ def quickstart(
         history, peak = _train(model, train, heldout, plan, out / "training" / label, resume, label, progress)
         if history.interrupted:
             return None
-        arms.append(_measure(label, model, history, peak, heldout))
+        arms.append(measure_arm(label, model, history, peak, heldout, BATCH_SIZE))
         models[label] = model
         save_pretrained(model, out / label.lower(), byte_tokenizer(config.max_len))
 
@@ -155,13 +120,7 @@ def _plan(
 
 
 def _corpora(plan: Plan) -> tuple[ByteWindows, ByteWindows]:
-    files = find_text([Path(p) for p in plan.text]) if plan.text else stdlib_sources()
-    train, heldout = (
-        ByteWindows(ByteCorpus(part), SEQ_LEN) for part in split_by_file(files, heldout=0.1, seed=plan.seed)
-    )
-    train.check_batch(BATCH_SIZE)
-    heldout.check_batch(BATCH_SIZE)
-    return train, heldout
+    return corpora(plan.text, SEQ_LEN, BATCH_SIZE, heldout=0.1, seed=plan.seed)
 
 
 def _steps_within(minutes: float, train: ByteWindows, seed: int) -> int:
@@ -201,7 +160,7 @@ def _train(
             steps=plan.steps,
             batch_size=BATCH_SIZE,
             lr=LEARNING_RATE,
-            eval_data=_sample(heldout, 128),
+            eval_data=sample(heldout, 128),
             eval_every=max(1, plan.steps // 10),
             save_every=max(1, plan.steps // 10),
             out=folder,
@@ -213,53 +172,15 @@ def _train(
     return history, peak.bytes
 
 
-def _measure(label: str, model: Decoder, history: History, peak: int, heldout: ByteWindows) -> Arm:
-    sample = _sample(heldout, HELDOUT_WINDOWS)
-    scores = evaluate(model, sample, language_model_loss(), BATCH_SIZE)
-    return Arm(
-        label=label,
-        total_parameters=model.num_parameters(),
-        active_parameters=model.num_parameters(active=True),
-        tokens=sum(history.tokens),
-        held_out=scores["cross_entropy"] / np.log(2),
-        tokens_per_second=history.tokens_per_second,
-        peak_memory=peak,
-        imbalance=scores.get("imbalance"),
-        entropy=scores.get("entropy"),
-        steps=list(history.step),
-        train=history.bits_per_token,
-        eval_steps=[int(e["step"]) for e in history.evals],
-        eval=[e["cross_entropy"] / np.log(2) for e in history.evals],
-    )
-
-
 def _report(arms: list[Arm], moe: Decoder, train: ByteWindows, heldout: ByteWindows, plan: Plan) -> Report:
     columns, rows = compare(arms)
-    sample = _sample(heldout, HELDOUT_WINDOWS // 2)
-    ids_BS = torch.stack([sample[i][:-1] for i in range(len(sample))])
-    routings = _route(moe, ids_BS)
     corpus = heldout.corpus
-    shown = torch.from_numpy(corpus.read(0, min(moe.config.max_len, len(corpus))))
-    prompt = shown[: min(64, len(shown))]
-    continuation = generate(
-        moe,
-        prompt.unsqueeze(0),
-        400,
-        temperature=0.7,
-        top_p=0.95,
-        generator=torch.Generator().manual_seed(plan.seed),
-    )
     return Report(
         title="Coterie quickstart",
         arms=arms,
         columns=columns,
         rows=rows,
-        load=load_by_layer(routings),
-        words=[attracted_words(ids_BS.numpy(), routing) for routing in routings],
-        bytes=[attracted_bytes(ids_BS.numpy(), routing) for routing in routings],
-        passage=passage(shown.numpy(), _route(moe, shown.unsqueeze(0)), 0, len(shown)),
-        prompt=_decode(prompt.tolist()),
-        sample=_decode([int(token) for token in continuation]),
+        **look_inside(moe, heldout, plan.seed),
         provenance={
             "command": _command(plan),
             "text": ", ".join(plan.text) or "the Python standard library's own sources",
@@ -277,23 +198,6 @@ def _report(arms: list[Arm], moe: Decoder, train: ByteWindows, heldout: ByteWind
 def _command(plan: Plan) -> str:
     options = ["--steps", str(plan.steps), "--seed", str(plan.seed)]
     return shlex.join(["coterie", "quickstart", *(o for p in plan.text for o in ("--text", p)), *options])
-
-
-def _sample(heldout: ByteWindows, windows: int) -> Subset[torch.Tensor]:
-    """At most this many windows from all over the held-out text, the same ones in every run."""
-    order = np.random.default_rng(0).permutation(len(heldout))
-    return Subset(heldout, order[:windows].tolist())
-
-
-@torch.inference_mode()
-def _route(model: Decoder, ids_BS: torch.Tensor) -> list[Routing]:
-    model.eval()
-    routings: list[Routing] = model(ids_BS)[1]
-    return routings
-
-
-def _decode(ids: list[int]) -> str:
-    return bytes(i for i in ids if i < END_OF_TEXT).decode("utf-8", "replace")
 
 
 def _save_plan(out: Path, plan: Plan) -> None:

@@ -12,6 +12,9 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 
+from coterie.hf import MoEBlock
+from coterie.hf.layout import fields_of
+
 LAYERS = 2
 
 # Sizes by the names configurations give them; what a configuration lacks is left out.
@@ -52,10 +55,19 @@ TINY = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
+    # linear attention, state spaces, and what else is large by default
+    "linear_num_heads": 4,
+    "linear_head_dim": 16,
+    "mamba_n_heads": 8,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 16,
+    "vocab_size_per_layer_input": 128,
 }
 
 # What the sizes above do not settle.
 MORE: dict[str, dict[str, object]] = {
+    "cohere2_moe": {"num_shared_experts": 1},
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"]},
     "deepseek_ocr2": {"mlp_layer_types": ["sparse"] * LAYERS},
     "dots1": {"n_shared_experts": 1},
     "ernie4_5_vl_moe": {
@@ -73,11 +85,14 @@ MORE: dict[str, dict[str, object]] = {
         }
     },
     "glm5_next": {"qk_rope_head_dim": 0},
+    "granitemoeshared": {"shared_intermediate_size": 32},
     "hy_v4": {"indexer_types": ["full"] * LAYERS},
     "hy_v4_vl": {
         "indexer_types": ["full"] * LAYERS,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
     },
+    "inkling2": {"unpadded_vocab_size": 120},
+    "inkling2_loop": {"unpadded_vocab_size": 120},
     "lfm2_moe": {"layer_types": ["full_attention"] * LAYERS},
     "mimo_v2_flash": {"layer_types": ["full_attention"] * LAYERS, "num_attention_heads": 16},
     "mistral_large4": {"kv_source_layers": list(range(LAYERS))},
@@ -159,6 +174,30 @@ def output(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         else:
             result = model(input_ids=ids)
     return result.logits if hasattr(result, "logits") else result.last_hidden_state
+
+
+def table_row(family: str, block: MoEBlock) -> str:
+    """A family's row in docs/families.md."""
+    layout, bank = block.layout, block.layout.bank
+    inside = {role: name.removeprefix(f"{block.name}.") for role, name in layout.router.items()}
+    rows = inside.pop("rows")
+    traits = {
+        "transposed": bank.transposed,
+        "interleaved": bank.interleaved,
+        "biased": bank.biased,
+        "not gated": not bank.gated,
+    }
+    fields = [fields_of(vars(block.config), what)[0] for what in ("num_experts", "top_k")]
+    cells = (
+        family,
+        f"`{fields[0]}`, `{fields[1]}`",
+        f"`{rows}`",
+        ", ".join(f"`{name}`" for name in inside.values()),
+        ", ".join(trait for trait, present in traits.items() if present),
+        "yes" if layout.groups > 1 else "",
+        "yes" if block.shared is not None else "",
+    )
+    return "| " + " | ".join(cells) + " |"
 
 
 def _config_class(module: ModuleType, experts: type) -> type[PretrainedConfig]:

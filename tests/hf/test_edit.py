@@ -184,13 +184,16 @@ def test_merge_and_append_refuse_what_they_cannot_do():
         pack(unpack(stored, BANKS[0]), BankLayout(gated=False, biased=True))
 
 
-def test_an_unknown_router_is_refused_by_name():
+def test_unknown_names_are_refused():
     shapes = {
         "m.experts.gate_up_proj": (4, 6, 5),
         "m.experts.down_proj": (4, 5, 3),
         "m.chooser.weight": (4, 5),
     }
     with pytest.raises(ValueError, match="no router found beside the experts"):
+        block_layout("m", "experts", shapes, BankLayout(), top_k=2)
+    shapes |= {"m.gate.weight": (4, 5), "m.experts.down_proj_scale_inv": (4, 1, 1)}
+    with pytest.raises(ValueError, match="down_proj_scale_inv also has an entry per expert"):
         block_layout("m", "experts", shapes, BankLayout(), top_k=2)
     with pytest.raises(ValueError, match="holds top_k under none of"):
         read_field({"experts_each": 2}, "top_k")
@@ -290,6 +293,22 @@ def test_the_view_is_refused_wrong_parts(deepseek):
         block.replace([0], router=entry)
     with pytest.raises(ValueError, match="order must hold each of"):
         block.permute([0, 1])
+
+
+def test_new_experts_and_router_entries_must_be_as_many(deepseek):
+    block = find_moe_blocks(deepseek)[0]
+    with pytest.raises(ValueError, match="in: expected entries of 2 experts, got 1"):
+        block.replace([0, 1], experts=block.experts[[0]])
+    block.set_groups(1, 1)
+    with pytest.raises(ValueError, match="rows: expected entries of 1 experts, got 2"):
+        block.append(block.experts[[0]], block.router[[0, 1]])
+
+
+def test_blocks_that_share_only_a_part_are_refused(deepseek):
+    first, second = (layer.mlp.experts for layer in deepseek.model.layers[1:])
+    second.gate_up_proj, second.down_proj = first.gate_up_proj, first.down_proj
+    with pytest.raises(ValueError, match="share their experts but not their rows"):
+        find_moe_blocks(deepseek)
 
 
 def test_on_the_meta_device_a_block_tells_names_and_numbers_without_memory(deepseek):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from coterie.hf import check_expressible, find_moe_blocks, load, save
@@ -153,6 +154,8 @@ def test_a_missing_or_damaged_file_is_one_line_that_names_it(model, tmp_path):
     refused(tmp_path, f"{shards[1].name} is missing; model.safetensors.index.json lists it")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": ')
     refused(tmp_path, "model.safetensors.index.json is damaged")
+    (tmp_path / "config.json").write_text("{")
+    refused(tmp_path, "config.json is damaged")
     (tmp_path / "config.json").unlink()
     refused(tmp_path, "has no config.json")
 
@@ -162,6 +165,19 @@ def test_a_class_that_transformers_lacks_is_refused(model, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["os"]}))
     refused(tmp_path, "names the class os")
+
+
+def test_a_tensor_that_is_in_no_file_is_refused_instead_of_left_random(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    refused(tmp_path, "lacks 1 of the model's tensors, such as model.norm.weight")
+
+
+def test_an_unknown_format_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="use one of transformers, coterie"):
+        save(model, tmp_path / "out", format="onnx")
 
 
 def refused(folder, message):

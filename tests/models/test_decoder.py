@@ -15,6 +15,8 @@ from coterie.models import (
     Cache,
     Decoder,
     DecoderConfig,
+    active_parameters,
+    forward_flops,
     from_transformers,
     generate,
     load_pretrained,
@@ -154,13 +156,17 @@ def test_later_tokens_do_not_influence_earlier_ones(ids):
     torch.testing.assert_close(model(changed)[0][:, :10], model(ids)[0][:, :10])
 
 
-def test_parameters_are_counted_once_and_active_ones_by_top_k():
+def test_parameters_are_counted_once_and_active_ones_by_what_was_routed_to(ids):
     moe, dense = make(), make("dense")
     bank = 3 * 32 * 24
-    assert moe.num_parameters() - moe.num_parameters(active=True) == 3 * 4 * bank
-    assert dense.num_parameters() == dense.num_parameters(active=True)
+    assert moe.num_parameters() - active_parameters(moe, moe(ids)[1]) == 3 * 4 * bank
+    assert dense.num_parameters() == active_parameters(dense, [])
+    with pytest.raises(ValueError, match="0 routings for 3 MoE layers"):
+        active_parameters(moe, [])
     tied, untied = make("dense"), make("dense, untied")
     assert untied.num_parameters() - tied.num_parameters() == 61 * 32
+    # the output matrix multiplies whether it is tied or not; the embedding is looked up
+    assert forward_flops(untied, [], 19) == forward_flops(tied, [], 19)
 
 
 def test_any_feed_forward_part_can_be_put_in_but_only_what_qwen_knows_is_written(ids, tmp_path):

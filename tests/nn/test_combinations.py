@@ -12,6 +12,7 @@ from coterie.nn import (
     ConcatExperts,
     CosineScore,
     Dense,
+    DSelectKScore,
     ExpertChoice,
     LinearScore,
     MaskExperts,
@@ -28,6 +29,7 @@ from coterie.nn import (
     Threshold,
     TopK,
     TopP,
+    TreeScore,
     ZeroCostExperts,
 )
 
@@ -41,7 +43,18 @@ SCORES = {
     "permuted": lambda: PermuteExperts(LinearScore(D, E), torch.tensor([5, 3, 1, 0, 2, 4])),
     "remapped": lambda: RemapScores(LinearScore(D, 4), torch.rand(E, 4)),
     "some": lambda: MaskExperts(LinearScore(D, E), torch.arange(E) != 2),
+    "trees": lambda: trees(2),
+    "residual of trees": lambda: PreviousLogits(trees(2)),
+    "some of one tree": lambda: MaskExperts(trees(1), torch.arange(E) != 2),
+    "selectors": lambda: RemapScores(DSelectKScore(D, 4, k=2), torch.rand(E, 4)),
 }
+
+
+def trees(k):
+    """Trees with splits certain for most tokens."""
+    score = TreeScore(D, E, k)
+    nn.init.normal_(score.split_weight)
+    return score
 
 
 @dataclass

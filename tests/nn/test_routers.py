@@ -24,6 +24,7 @@ from coterie.nn import (
     Router,
     Routing,
     SequenceRouter,
+    SimilarityAffinity,
     Threshold,
     TopK,
     TopP,
@@ -40,6 +41,7 @@ SCORES = {
     "remapped": lambda: RemapScores(LinearScore(8, 4), torch.rand(6, 4)),
     "some": lambda: MaskExperts(LinearScore(8, 6), torch.tensor([True, False, True, True, False, True])),
     "residual": lambda: PreviousLogits(LinearScore(8, 6)),
+    "mixed over tokens": lambda: MixTokens(LinearScore(8, 6), SimilarityAffinity(8, causal=False)),
 }
 SELECTS = {
     "top-k": lambda: TopK(2),
@@ -204,20 +206,6 @@ def test_previous_logits_are_added_through_a_learned_map():
     torch.testing.assert_close(score(x, previous=previous), expected)
 
 
-def test_mixing_tokens_averages_their_distributions_and_leaves_padding_out():
-    score = MixTokens(LinearScore(8, 6))
-    x, affinity = torch.randn(6, 8), torch.rand(2, 3, 3).softmax(-1)
-    mixed = Router(score, TopK(2))(x, affinity=affinity).scores
-    scores = score.score(x).softmax(-1).view(2, 3, 6)
-    torch.testing.assert_close(mixed, (affinity @ scores).view(6, 6))
-    mask = torch.tensor([True, True, False, True, True, True])
-    hostile = x.clone()
-    hostile[2] = 1e4
-    one = Router(score, TopK(2))(x, affinity=affinity, mask=mask).scores
-    other = Router(score, TopK(2))(hostile, affinity=affinity, mask=mask).scores
-    torch.testing.assert_close(one[mask], other[mask])
-
-
 def test_remapped_scores_are_the_matrix_times_the_scores():
     matrix = torch.rand(3, 6)
     matrix /= matrix.sum(0)
@@ -325,10 +313,6 @@ def test_bad_tokens_are_refused_in_one_line():
     bad[1, 2] = torch.nan
     with pytest.raises(ValueError, match="logits hold NaN"):
         router(bad)
-    with pytest.raises(ValueError, match="MixTokens needs affinity"):
-        Router(MixTokens(LinearScore(8, 4)), TopK(2))(torch.zeros(3, 8))
-    with pytest.raises(ValueError, match="affinity has shape"):
-        Router(MixTokens(LinearScore(8, 4)), TopK(2))(torch.zeros(3, 8), affinity=torch.ones(1, 2, 2))
     with pytest.raises(ValueError, match="needs token_ids"):
         HashRouter(torch.tensor([0]), 1)(torch.zeros(3, 8))
     with pytest.raises(ValueError, match="needs shape"):

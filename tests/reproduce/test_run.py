@@ -147,7 +147,7 @@ def test_tables_show_mean_and_deviation_and_group_arms_that_measure_the_same(pap
         "one/b": lambda seed, budget, data: {"x": 0.0},
     }
     result = run(replace(paper, arms=arms, claims=[]), tmp_path)
-    assert arm_tables(result) == [
+    assert arm_tables(result.arms) == [
         ("one", ["", "a", "b"], [["x", "2.00 ± 1.00", "0"]]),
         ("two", ["", "a"], [["y", "0.500 ± 0.000"]]),
     ]
@@ -156,12 +156,12 @@ def test_tables_show_mean_and_deviation_and_group_arms_that_measure_the_same(pap
 
 def test_a_line_is_the_mean_over_seeds_in_their_range(paper, tmp_path):
     result = run(paper, tmp_path)
-    line, _ = lines_of(toy.PLOTS[0], result)
+    line, _ = lines_of(toy.PLOTS[0], result.arms)
     assert (line.label, line.x, line.y) == ("a", [1, 2], [4, 2])
     assert (line.low, line.high) == ([2, 1], [6, 3])
-    points, _ = lines_of(replace(toy.PLOTS[0], points=True), result)
+    points, _ = lines_of(replace(toy.PLOTS[0], points=True), result.arms)
     assert points.x == [1, 2] * 3
-    assert [line.label for line in lines_of(replace(toy.PLOTS[0], arms=("b",)), result)] == ["b"]
+    assert [line.label for line in lines_of(replace(toy.PLOTS[0], arms=("b",)), result.arms)] == ["b"]
 
 
 class Page(HTMLParser):

@@ -1,30 +1,9 @@
 import json
 
 import pytest
-import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from tiny_models import tiny
 
 from coterie.data import byte_tokenizer
-
-
-def tiny(**sizes):
-    torch.manual_seed(0)
-    options = {
-        "vocab_size": 257,
-        "hidden_size": 32,
-        "intermediate_size": 16,
-        "moe_intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "norm_topk_prob": True,
-        "initializer_range": 0.5,
-        "max_position_embeddings": 64,
-    }
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**options | sizes)).eval()
 
 
 @pytest.fixture

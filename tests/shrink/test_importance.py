@@ -64,6 +64,11 @@ def test_what_cannot_be_scored_is_refused():
         importance([record(0)], "magic")
     with pytest.raises(ValueError, match="nothing was recorded for mlp"):
         importance([BlockRecord("mlp", 4)], "gating")
+    still = record(0)
+    still.moved = torch.empty(0)
+    assert importance([still], "reap")[0].sum() > 0
+    with pytest.raises(ValueError, match="use a score without it, such as gating-norm"):
+        importance([still], "easy-ep")
     with pytest.raises(ValueError, match="use 1 ≤ keep ≤ 4"):
         kept_experts(torch.zeros(4), 5)
     with pytest.raises(ValueError, match="cannot be shared out among 2 routing groups"):

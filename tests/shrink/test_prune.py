@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig
 
 from coterie.hf import find_moe_blocks, recording
 from coterie.shrink import METHODS, choose, least_output_error, no_reroute, overlap, prune, pruned
@@ -170,3 +170,28 @@ def test_overlap_is_one_with_itself_and_the_same_both_ways(orders):
     a, b = ([sorted(order[:3])] for order in orders)
     assert overlap(a, a) == 1
     assert overlap(a, b) == overlap(b, a)
+
+
+def test_a_family_whose_experts_lie_in_the_layer_itself_is_scored_but_not_searched():
+    torch.manual_seed(0)
+    config = Gemma4TextConfig(
+        vocab_size=257,
+        vocab_size_per_layer_input=257,
+        hidden_size=32,
+        hidden_size_per_layer_input=0,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+    )
+    blocks, records = record(Gemma4ForCausalLM(config).eval())
+    assert len(choose(blocks[0], records[:1], "gating-norm", 2)) == 2
+    with pytest.raises(ValueError, match="cannot be recorded in this family"):
+        choose(blocks[0], records[:1], "easy-ep", 2)
+    with pytest.raises(ValueError, match="cannot be run alone"):
+        choose(blocks[0], records[:1], "output-error", 2)

@@ -9,6 +9,7 @@ from torch import nn
 
 from coterie.models import Decoder, DecoderConfig
 from coterie.train import (
+    Every,
     History,
     LossFreeBias,
     LossOutput,
@@ -153,6 +154,15 @@ def test_loss_free_bias_moves_against_the_load() -> None:
     expected = sum(0.5 * torch.sign(load.mean() - load) for load in loads)
     assert isinstance(model, TinyMoE)
     torch.testing.assert_close(model.moe.router.select.bias.double(), expected)
+
+
+def test_every_calls_after_each_nth_step_with_the_model() -> None:
+    calls: list[tuple[bool, int]] = []
+    every = Every(2, lambda model, step: calls.append((isinstance(model, TinyMoE), step)))
+    tiny_run(steps=5, callbacks=[every])
+    assert calls == [(True, 2), (True, 4)]
+    with pytest.raises(ValueError, match="steps=0; should be at least 1"):
+        Every(0, every.call)
 
 
 def test_loss_free_bias_without_biases_says_so() -> None:

@@ -1,31 +1,43 @@
 """The bridge to Hugging Face transformers. Importing it registers the `coterie` experts implementation."""
 
 from coterie.hf.blocks import MoEBlock, find_moe_blocks
+from coterie.hf.calibration import calibration_ids, holds_ids, load_tokenizer
+from coterie.hf.checkpoint import Checkpoint
 from coterie.hf.experts import experts_forward, register
 from coterie.hf.layout import BankLayout, BlockLayout, block_layout
 from coterie.hf.load import check_files, load, outline
 from coterie.hf.record import BlockRecord, recording
+from coterie.hf.rewrite import Writer, rewriting, save_pruned
 from coterie.hf.save import check_expressible, save
+from coterie.hf.stream import stream_records
 from coterie.hf.tensors import ExpertTensors, RouterTensors, pack, unpack
 
 __all__ = [
     "BankLayout",
     "BlockLayout",
     "BlockRecord",
+    "Checkpoint",
     "ExpertTensors",
     "MoEBlock",
     "RouterTensors",
+    "Writer",
     "block_layout",
+    "calibration_ids",
     "check_expressible",
     "check_files",
     "experts_forward",
     "find_moe_blocks",
+    "holds_ids",
     "load",
+    "load_tokenizer",
     "outline",
     "pack",
     "recording",
     "register",
+    "rewriting",
     "save",
+    "save_pruned",
+    "stream_records",
     "unpack",
 ]
 

@@ -25,7 +25,7 @@ def find_moe_blocks(model: PreTrainedModel) -> list["MoEBlock"]:
     Args:
         model: on any device; on "meta" the blocks tell names and numbers, and their tensors are empty.
 
-    Raises ValueError if there is none, or a block's router is unknown.
+    Raises ValueError if there is none, a block's router is unknown, or two blocks share only a part.
 
     >>> from transformers import MixtralConfig, MixtralForCausalLM
     >>> model = MixtralForCausalLM(MixtralConfig(
@@ -43,6 +43,9 @@ def find_moe_blocks(model: PreTrainedModel) -> list["MoEBlock"]:
         block = MoEBlock(model, name)
         tied = blocks.setdefault(id(module.down_proj), block)
         if tied is not block:  # two stacks of layers share these experts
+            for role, tensor in block._stored().items():
+                if tensor.data_ptr() != tied._stored()[role].data_ptr():
+                    raise ValueError(f"{block.name} and {tied.name} share their experts but not their {role}")
             tied.also.append(block)
     if not blocks:
         hint = (
@@ -139,10 +142,13 @@ class MoEBlock:
     def router(self) -> RouterTensors:
         """The router's entries of the E routed experts: views, which can be edited in place."""
         stored, e = self._stored(), self.num_experts
-        roles = {role: stored[role][:e] for role in ("rows", "bias", "scale") if role in stored}
-        if "selection_bias" in stored:
-            roles["selection_bias"] = stored["selection_bias"].flatten()[:e]
-        return RouterTensors(**roles)
+        selection = stored.get("selection_bias")
+        return RouterTensors(
+            rows=stored["rows"][:e],
+            bias=stored["bias"][:e] if "bias" in stored else None,
+            selection_bias=None if selection is None else selection.flatten()[:e],
+            scale=stored["scale"][:e] if "scale" in stored else None,
+        )
 
     @property
     def shared(self) -> nn.Module | None:
@@ -276,7 +282,7 @@ class MoEBlock:
         self._check_config()
         for block in (self, *self.also):
             block.layout = replace(block.layout, **changed)
-            modules.write_numbers(self._model, block.layout, self._bank, changed)
+            modules.write_numbers(self._model, block.layout, block._bank, changed)
 
     def _check_config(self) -> None:
         if not any(config is self.config for config in modules.configs(self._model.config)):

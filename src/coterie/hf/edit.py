@@ -47,20 +47,20 @@ def merge(
     check_sources(layout, groups)
     if [len(g) for g in groups] != [len(w) for w in weights]:
         raise ValueError("merge needs one weight for each member of each group")
-    mixing = torch.zeros(len(groups), layout.num_experts)
-    for row, (members, shares) in enumerate(zip(groups, weights, strict=True)):
+    for row, shares in enumerate(weights):
         if sum(shares) == 0:
             raise ValueError(f"the weights of group {row} add up to 0")
-        for member, share in zip(members, shares, strict=True):
-            mixing[row, member] += share / sum(shares)
     edited = {}
     for role, tensor in stored.items():
         if role == "hash_table":
             edited[role] = _renumber(layout, tensor, groups)
             continue
         body, tail = _body_and_tail(layout, role, tensor)
-        mixed = torch.tensordot(mixing.to(tensor.device), body.float().movedim(_axis(role), 0), 1)
-        edited[role] = torch.cat((mixed.movedim(0, _axis(role)).to(tensor.dtype), tail), _axis(role))
+        axis, means = _axis(role), []
+        for members, shares in zip(groups, weights, strict=True):  # one by one: a bank in float32 is large
+            parts = [body.select(axis, i).float() * w for i, w in zip(members, shares, strict=True)]
+            means.append((torch.stack(parts).sum(0) / sum(shares)).to(tensor.dtype))
+        edited[role] = torch.cat((torch.stack(means, axis), tail), axis)
     return edited
 
 
@@ -74,6 +74,7 @@ def append(layout: BlockLayout, stored: Stored, new: Stored) -> dict[str, Tensor
             f"{layout.name} routes among {layout.groups} groups of experts, which new ones would shift; "
             "lift the limit first: set_groups(1, 1)"
         )
+    _check_count(new, new["down"].shape[0])
     edited = {}
     for role, tensor in stored.items():
         if role == "hash_table":  # nothing is sent to the new experts
@@ -87,6 +88,7 @@ def append(layout: BlockLayout, stored: Stored, new: Stored) -> dict[str, Tensor
 def replace(layout: BlockLayout, stored: Stored, ids: Sequence[int], new: Stored) -> dict[str, Tensor]:
     """The experts of `stored` with those of `new` in the places `ids`; roles that `new` lacks stay."""
     check_ids(layout, ids)
+    _check_count(new, len(ids))
     edited = dict(stored)
     for role, tensor in new.items():
         axis = _axis(role)
@@ -167,9 +169,14 @@ def _axis(role: str) -> int:
 
 
 def _body_and_tail(layout: BlockLayout, role: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    sizes = [layout.num_experts, tensor.shape[_axis(role)] - layout.num_experts]
-    body, tail = tensor.split(sizes, _axis(role))
-    return body, tail
+    axis, e = _axis(role), layout.num_experts
+    return tensor.narrow(axis, 0, e), tensor.narrow(axis, e, tensor.shape[axis] - e)
+
+
+def _check_count(new: Stored, wanted: int) -> None:
+    for role, tensor in new.items():
+        if tensor.shape[_axis(role)] != wanted:
+            raise ValueError(f"{role}: expected entries of {wanted} experts, got {tensor.shape[_axis(role)]}")
 
 
 def _fit(role: str, new: Tensor, stored: Tensor) -> Tensor:

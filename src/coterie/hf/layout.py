@@ -126,7 +126,8 @@ def block_layout(
         top_groups: groups that a token may choose from.
         group_min: experts that a group must have at least.
 
-    Raises ValueError if the router's rows are not among `shapes`, or two tensors claim one role.
+    Raises ValueError if the router's rows are not among `shapes`, two tensors claim one role, or the bank
+    holds more than its matrices and biases, as a quantised one does.
 
     >>> shapes = {"mlp.experts.gate_up_proj": (4, 12, 8), "mlp.experts.down_proj": (4, 8, 6),
     ...           "mlp.gate.weight": (4, 8)}
@@ -151,6 +152,13 @@ def block_layout(
             "A new family's name belongs into ROUTER of coterie/hf/layout.py"
         )
     num_experts = shapes[w_out][0]
+    bank_name = join(name, experts)
+    for other, shape in shapes.items():
+        direct = other.startswith(f"{bank_name}.") and "." not in other.removeprefix(f"{bank_name}.")
+        if direct and other not in stored.values() and num_experts in shape[:1]:
+            raise ValueError(
+                f"{other} also has an entry per expert, as in a quantised model; load it dequantised"
+            )
     return BlockLayout(name, bank, num_experts, top_k, groups, top_groups, group_min, stored, router)
 
 
@@ -160,10 +168,19 @@ def read_field(config: Mapping[str, Any], what: str) -> int:
     >>> read_field({"moe_topk": 6}, "top_k")
     6
     """
-    for field in FIELDS[what]:
-        if isinstance(config.get(field), int):
-            return int(config[field])
-    raise ValueError(f"the configuration holds {what} under none of {', '.join(FIELDS[what])}")
+    fields = fields_of(config, what)
+    if not fields:
+        raise ValueError(f"the configuration holds {what} under none of {', '.join(FIELDS[what])}")
+    return int(config[fields[0]])
+
+
+def fields_of(config: Mapping[str, Any], what: str) -> list[str]:
+    """The names under which a family's configuration holds a number; `what` is a key of FIELDS.
+
+    >>> fields_of({"moe_topk": 6, "moe_num_experts": 64}, "num_experts")
+    ['moe_num_experts']
+    """
+    return [field for field in FIELDS[what] if isinstance(config.get(field), int)]
 
 
 def join(*parts: str) -> str:

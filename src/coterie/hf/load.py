@@ -12,6 +12,8 @@ from transformers import AutoConfig, PreTrainedModel
 from coterie.hf.blocks import find_moe_blocks
 from coterie.hf.save import MANIFEST, PACKED
 
+INDEX = "model.safetensors.index.json"
+
 
 def load(folder: Path | str, **options: Any) -> PreTrainedModel:
     """Loads the model that `coterie.hf.save` wrote, in either format, or any other with safetensors.
@@ -29,13 +31,14 @@ def load(folder: Path | str, **options: Any) -> PreTrainedModel:
     check_files(folder)
     if (folder / PACKED).exists():
         raise ValueError(f"the experts in {folder} are packed; coterie.shrink.load_packed loads it")
-    model_class = _model_class(folder)
-    manifest = folder / MANIFEST
-    if manifest.exists():
-        model_class = _with_blocks(model_class, json.loads(manifest.read_text())["blocks"])
-    model: PreTrainedModel = model_class.from_pretrained(folder, **options)
-    if manifest.exists():
-        model.__class__ = model_class.__base__
+    built = model_class(folder)
+    model: PreTrainedModel
+    model, found = built.from_pretrained(folder, output_loading_info=True, **options)
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would leave them at random values
+        raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
+    if (folder / MANIFEST).exists():
+        model.__class__ = built.__base__
     return model
 
 
@@ -46,11 +49,8 @@ def outline(folder: Path | str) -> PreTrainedModel:
     """
     folder = Path(folder)
     check_files(folder)
-    model_class, manifest = _model_class(folder), folder / MANIFEST
-    if manifest.exists():
-        model_class = _with_blocks(model_class, json.loads(manifest.read_text())["blocks"])
     with torch.device("meta"):
-        model: PreTrainedModel = model_class(AutoConfig.from_pretrained(folder))
+        model: PreTrainedModel = model_class(folder)(AutoConfig.from_pretrained(folder))
     model.train(False)
     return model
 
@@ -63,21 +63,29 @@ def check_files(folder: Path | str) -> None:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; it is not a model's folder")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(_read_json(index)["weight_map"].values()))
-    else:
-        shards = [path.name for path in sorted(folder.glob("*.safetensors"))]
-    if not shards:
-        raise ValueError(f"{folder} has no safetensors files")
-    for shard in shards:
-        if not (folder / shard).is_file():
-            raise ValueError(f"{folder / shard} is missing; {index.name} lists it")
+    _read_json(folder / "config.json")
+    for shard in shards(folder):
+        if not shard.is_file():
+            raise ValueError(f"{shard} is missing; {INDEX} lists it")
         try:
-            with safe_open(folder / shard, "pt"):
+            with safe_open(shard, "pt"):
                 pass
         except SafetensorError as error:
-            raise ValueError(f"{folder / shard} is damaged: {error}") from None
+            raise ValueError(f"{shard} is damaged: {error}") from None
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder: those that its index lists, or all where there is none.
+
+    Raises ValueError if the index is damaged, or there is no such file.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        return sorted({folder / name for name in _read_json(index)["weight_map"].values()})
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise ValueError(f"{folder} has no safetensors files")
+    return found
 
 
 def _read_json(path: Path) -> Any:
@@ -87,25 +95,28 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def _model_class(folder: Path) -> Any:
+def model_class(folder: Path) -> Any:
+    """The class that config.json names; where layers differ, one of the same name that builds them so.
+
+    Raises ValueError if transformers has no such class.
+    """
     config = AutoConfig.from_pretrained(folder)
     names = config.architectures or ["none"]
     module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
     found = getattr(module, names[0], None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(f"{folder}: config.json names the class {names[0]}, which {module.__name__} lacks")
-    return found
+    manifest = folder / MANIFEST
+    return _with_blocks(found, _read_json(manifest)["blocks"]) if manifest.exists() else found
 
 
-def _with_blocks(model_class: Any, numbers: dict[str, dict[str, int]]) -> Any:
+def _with_blocks(base: Any, numbers: dict[str, dict[str, int]]) -> Any:
     """A model class whose blocks have the given numbers from the start, so that their weights load."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        model_class.__init__(self, config, *args, **kwargs)
+        base.__init__(self, config, *args, **kwargs)
         for block in find_moe_blocks(self):
             block.resize(**numbers[block.name])
 
     # the same name and module: transformers finds a family's weight names by them
-    return type(
-        model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__}
-    )
+    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})

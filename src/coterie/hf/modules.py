@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 
-from coterie.hf.layout import ATTRIBUTES, FIELDS, MISNAMED, BlockLayout, read_field
+from coterie.hf.layout import ATTRIBUTES, MISNAMED, BlockLayout, fields_of, read_field
 
 
 def is_bank(module: nn.Module) -> bool:
@@ -61,17 +61,27 @@ def write_numbers(model: PreTrainedModel, layout: BlockLayout, bank: Any, change
     """
     block = model.get_submodule(layout.name)
     for module in _router_modules(model, layout):
-        if isinstance(vars(module).get("config"), PretrainedConfig):
+        config = vars(module).get("config")
+        if isinstance(config, PretrainedConfig):
             # some routers ask their configuration while they compute, and layers may come to differ
-            module.config = copy.copy(module.config)
-            _write_fields(module.config, changed)
+            own = copy.copy(config)
+            write_fields(own, changed)
+            vars(module)["config"] = own
         _write_attributes(module, {**changed, "rows": get_tensor(model, layout.router["rows"]).shape[0]})
-    for module in (bank, block):
+    parent = model.get_submodule(layout.name.rpartition(".")[0])  # text and vision blocks share one
+    for module in (bank, block, parent):
         _write_attributes(module, changed)
-    _write_fields(bank.config, changed)
+    write_fields(bank.config, changed)
     for owner in model.modules():
         if isinstance(owner, PreTrainedModel) and any(c is bank.config for c in configs(owner.config)):
             _write_attributes(owner, changed)
+
+
+def write_fields(config: PretrainedConfig, changed: Mapping[str, int]) -> None:
+    """Writes numbers, by the keys of FIELDS, into a configuration under its family's own names."""
+    for what, number in changed.items():
+        for field in fields_of(vars(config), what):
+            setattr(config, field, number)
 
 
 def configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
@@ -88,13 +98,6 @@ def _router_modules(model: nn.Module, layout: BlockLayout) -> list[nn.Module]:
     block = model.get_submodule(layout.name)
     first, last = block.get_submodule(inside[0]), block.get_submodule(".".join(inside))
     return [first] if first is last else [first, last]
-
-
-def _write_fields(config: PretrainedConfig, changed: Mapping[str, int]) -> None:
-    for what, number in changed.items():
-        for field in FIELDS[what]:
-            if isinstance(vars(config).get(field), int):
-                setattr(config, field, number)
 
 
 def _write_attributes(module: nn.Module, changed: Mapping[str, int]) -> None:

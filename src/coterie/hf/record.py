@@ -28,7 +28,8 @@ class BlockRecord:
         weights: [T, K] float32 combine weight, as applied.
         norms: [T, K] float32 length of the expert's raw output, not multiplied by its weight.
         moved: [T] float32 1 - cos(h, h + Σ weight · output), at least 0: how far the routed experts turn the
-            residual stream h. Shared experts do not count.
+            residual stream h. Shared experts do not count. Empty in the few families that have several
+            residual streams, or whose router and experts lie in the layer itself.
         inputs: [N, D] what the block read, of the first N tokens; empty unless it was asked for.
     """
 
@@ -112,10 +113,14 @@ def _hook(block: MoEBlock, record: BlockRecord, keep_inputs: int) -> list[Any]:
 
     @torch.no_grad()
     def after_layer(module: Any, args: Any, output: Any) -> None:
-        routed_TD = passed.pop("routed")
+        routed_TD, block_TD = passed.pop("routed", None), passed.pop("block", None)
+        if routed_TD is None or block_TD is None:  # no token came to this block
+            return
+        after_TD = _tensor(output).detach()
+        if not after_TD.numel() == block_TD.numel() == routed_TD.numel():  # several residual streams
+            return
         # a layer adds its block's output to the residual stream: what it was before is the difference
-        block_TD = passed.pop("block").reshape(routed_TD.shape)
-        before_TD = _tensor(output).detach().reshape(routed_TD.shape).float() - block_TD.float()
+        before_TD = after_TD.reshape(routed_TD.shape).float() - block_TD.reshape(routed_TD.shape).float()
         moved_T = 1 - F.cosine_similarity(before_TD, before_TD + routed_TD, dim=-1)
         _extend(record, "moved", moved_T.clamp(min=0))
 

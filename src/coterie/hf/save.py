@@ -4,7 +4,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from transformers import PreTrainedModel
 
@@ -29,8 +29,9 @@ def save(model: PreTrainedModel, folder: Path | str, format: Format = "transform
     Raises ValueError, before anything is written, if the folder is taken or the format cannot express the
     model.
     """
+    check_format(format)
     folder = Path(folder)
-    check_output(folder, model.name_or_path)
+    check_output(folder, model.name_or_path or "")
     blocks = find_moe_blocks(model)
     if format == "transformers":
         check_expressible(blocks, [block.num_experts for block in blocks])
@@ -39,9 +40,14 @@ def save(model: PreTrainedModel, folder: Path | str, format: Format = "transform
         whole = Path(temporary) / folder.name
         model.save_pretrained(whole)
         if format == "coterie":
-            numbers = {b.name: {what: getattr(b.layout, what) for what in FIELDS} for b in blocks}
-            (whole / MANIFEST).write_text(json.dumps({"version": 1, "blocks": numbers}, indent=1) + "\n")
+            (whole / MANIFEST).write_text(manifest(blocks))
         whole.replace(folder)
+
+
+def manifest(blocks: Sequence[MoEBlock]) -> str:
+    """The numbers of each block as JSON: the content of `coterie.json`."""
+    numbers = {b.name: {what: getattr(b.layout, what) for what in FIELDS} for b in blocks}
+    return json.dumps({"version": 1, "blocks": numbers}, indent=1) + "\n"
 
 
 def check_expressible(blocks: Sequence[MoEBlock], num_experts: Sequence[int]) -> None:
@@ -64,6 +70,12 @@ def check_expressible(blocks: Sequence[MoEBlock], num_experts: Sequence[int]) ->
                     f"{type(block.config).__name__} holds one number for all layers. "
                     'Make them equal or use format="coterie"'
                 )
+
+
+def check_format(format: str) -> None:
+    """Raises ValueError if there is no such format."""
+    if format not in get_args(Format):
+        raise ValueError(f"format={format!r} is unknown; use one of {', '.join(get_args(Format))}")
 
 
 def check_output(folder: Path, source: str) -> None:

@@ -1,16 +1,31 @@
 """Small reference backbones made of the core."""
 
+from coterie.models.active import active_parameters, forward_flops
 from coterie.models.checkpoint import from_transformers, load_pretrained, save_pretrained, to_transformers
 from coterie.models.decoder import Cache, Decoder, DecoderConfig
+from coterie.models.encoder import Encoder
 from coterie.models.generate import generate
+from coterie.models.tying import count_parameters, tie_depth, tied_modules
+from coterie.models.vit import ViT, ViTConfig
+from coterie.models.weights import load_weights, save_weights
 
 __all__ = [
     "Cache",
     "Decoder",
     "DecoderConfig",
+    "Encoder",
+    "ViT",
+    "ViTConfig",
+    "active_parameters",
+    "count_parameters",
+    "forward_flops",
     "from_transformers",
     "generate",
     "load_pretrained",
+    "load_weights",
     "save_pretrained",
+    "save_weights",
+    "tie_depth",
+    "tied_modules",
     "to_transformers",
 ]

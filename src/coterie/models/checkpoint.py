@@ -4,34 +4,54 @@
 `load_pretrained` reads any Qwen3 or Qwen3-MoE checkpoint whose layers are all alike.
 """
 
+import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from coterie.models.decoder import Decoder, DecoderConfig
-from coterie.nn import LinearScore, MoE, Router, SwiGLUExperts, TopK
+from coterie.models.tying import tie_depth, tied_modules
+from coterie.nn import (
+    InputJitter,
+    LimitCapacity,
+    LinearScore,
+    LogitNoise,
+    MoE,
+    PlainResidual,
+    Router,
+    SwiGLUExperts,
+    TopK,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROUTER_HERE, _ROUTER_THERE = ".mlp.router.score.weight", ".mlp.gate.weight"
+_ROUTER_WRAPPED = re.compile(r"\.mlp\.router(\.router)?(\.score)+\.weight$")
+_TIED = "tied_across_depth"  # in their config: names of the modules of which the checkpoint holds copies
 
 
 def save_pretrained(model: Decoder, folder: str | Path, tokenizer: Any = None) -> Path:
     """Writes a Hugging Face checkpoint (config, safetensors, tokenizer if given).
 
     Args:
-        model: a decoder with its default feed-forward parts.
+        model: a decoder with its default feed-forward parts and residuals.
         folder: must not exist, be empty, or hold an earlier checkpoint (which is replaced).
         tokenizer: a transformers tokenizer saved beside the weights.
 
-    Raises ValueError when the model holds a router or bank that Qwen3-MoE cannot express, or the folder
-    holds something else. The checkpoint appears whole or not at all.
+    What is tied across depth (`tie_depth`) is written as one copy per layer, since Qwen3-MoE ties nothing,
+    and named in the config, by which `load_pretrained` ties it again. What a router does in training only,
+    noise or a capacity, is left out.
+
+    Raises ValueError when the model holds a router, bank or residual that Qwen3-MoE cannot express, or the
+    folder holds something else. The checkpoint appears whole or not at all.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -56,7 +76,9 @@ def save_pretrained(model: Decoder, folder: str | Path, tokenizer: Any = None) -
 
 
 def load_pretrained(folder: str | Path) -> Decoder:
-    """Reads a Qwen3 or Qwen3-MoE checkpoint into a `Decoder` (float32).
+    """Reads a Qwen3 or Qwen3-MoE checkpoint into a `Decoder` (float32), tied across depth if it was saved so.
+
+    Copies that training elsewhere has made differ stay separate layers, with a warning.
 
     Raises ValueError for a missing folder, another architecture, or features a `Decoder` lacks.
     """
@@ -77,6 +99,7 @@ def to_transformers(model: Decoder) -> "PreTrainedModel":
     c = model.config
     for i, layer in enumerate(model.layers):
         _check_expressible(i, layer.mlp, c)
+        _check_residual(i, layer.residual)
     sizes: dict[str, Any] = {
         "vocab_size": c.vocab_size,
         "hidden_size": c.dim,
@@ -103,6 +126,8 @@ def to_transformers(model: Decoder) -> "PreTrainedModel":
     else:
         theirs = Qwen3ForCausalLM(Qwen3Config(**sizes))
     theirs.load_state_dict({_their_name(k): v for k, v in model.state_dict().items()})
+    if tied := tied_modules(model.layers):
+        setattr(theirs.config, _TIED, tied)
     theirs.train(False)
     return theirs
 
@@ -133,7 +158,25 @@ def from_transformers(theirs: "PreTrainedModel") -> Decoder:
     )
     state: dict[str, Tensor] = theirs.state_dict()
     model.load_state_dict({_our_name(k): v.float() for k, v in state.items()})
+    if tied := getattr(config, _TIED, []):
+        _tie_again(model, tied)
     return model.eval()
+
+
+def _tie_again(model: Decoder, names: list[str]) -> None:
+    first, *others = ([layer.get_submodule(name).state_dict() for name in names] for layer in model.layers)
+    differ = [
+        name
+        for i, name in enumerate(names)
+        if not all(torch.equal(layer[i][key], value) for layer in others for key, value in first[i].items())
+    ]
+    if differ:
+        warnings.warn(
+            f"{', '.join(differ)} were tied across depth when this checkpoint was saved, but its layers have "
+            "been trained apart since; they are loaded as they are, untied",
+            stacklevel=3,
+        )
+    tie_depth(model.layers, [name for name in names if name not in differ])
 
 
 @contextmanager
@@ -151,7 +194,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _their_name(name: str) -> str:
-    name = name.replace(_ROUTER_HERE, _ROUTER_THERE)
+    name = _ROUTER_WRAPPED.sub(_ROUTER_THERE, name)
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
@@ -162,11 +205,12 @@ def _our_name(name: str) -> str:
 def _check_expressible(i: int, ffn: Any, c: DecoderConfig) -> None:
     if not isinstance(ffn, MoE):
         return
-    router, bank = ffn.router, ffn.experts
+    router, bank = _in_evaluation(ffn.router), ffn.experts
+    score = _in_evaluation(router.score) if isinstance(router, Router) else None
     plain = (
         isinstance(router, Router)
-        and type(router.score) is LinearScore
-        and router.score.bias is None
+        and type(score) is LinearScore
+        and score.bias is None
         and type(router.select) is TopK
         and (router.select.k, router.select.renormalize) == (c.top_k, c.renormalize)
         and (router.select.gate, router.select.scale, router.select.bias) == ("softmax", 1.0, None)
@@ -181,6 +225,21 @@ def _check_expressible(i: int, ffn: Any, c: DecoderConfig) -> None:
             f"layer {i} cannot be written as Qwen3-MoE, which knows only Router(LinearScore, TopK) over "
             f"SwiGLUExperts as in the decoder's config; found {type(router).__name__} over "
             f"{type(bank).__name__}. Save its state_dict with safetensors instead"
+        )
+
+
+def _in_evaluation(part: Any) -> Any:
+    """A router or scorer without the wrappers that do nothing in evaluation mode."""
+    if isinstance(part, LimitCapacity) and part.training_only:
+        return _in_evaluation(part.router)
+    return _in_evaluation(part.score) if isinstance(part, (LogitNoise, InputJitter)) else part
+
+
+def _check_residual(i: int, residual: Any) -> None:
+    if type(residual) is not PlainResidual:
+        raise ValueError(
+            f"layer {i} cannot be written as Qwen3, whose layers are added; found {type(residual).__name__}. "
+            "Save its state_dict with safetensors instead"
         )
 
 

@@ -15,7 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coterie.nn import LinearScore, MoE, Router, Routing, SwiGLU, SwiGLUExperts, TopK
+from coterie.nn import (
+    AttentionHeads,
+    DepthState,
+    LinearScore,
+    MoE,
+    PlainResidual,
+    Residual,
+    Router,
+    Routing,
+    SwiGLU,
+    SwiGLUExperts,
+    TopK,
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,8 @@ class Decoder(nn.Module):
         config: the sizes.
         make_ffn: layer index → feed-forward module, either x → y or, like `MoE`, x → (y, Routing).
             None builds the layers of `config`.
+        make_residual: layer index → how its feed-forward part joins the residual stream, such as
+            `MomentumResidual()`; the state begins anew in every forward. None adds it.
 
     Returns (from forward, for ids [B, S]): logits [B, S, V] and one Routing per MoE layer, over the B · S
     tokens in row-major order.
@@ -85,12 +99,20 @@ class Decoder(nn.Module):
     (torch.Size([3, 10, 257]), 2, torch.Size([30, 2]))
     """
 
-    def __init__(self, config: DecoderConfig, make_ffn: Callable[[int], nn.Module] | None = None) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        make_ffn: Callable[[int], nn.Module] | None = None,
+        make_residual: Callable[[int], Residual] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         make_ffn = make_ffn or (lambda layer: default_ffn(config))
+        make_residual = make_residual or (lambda layer: PlainResidual())
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(DecoderLayer(config, make_ffn(i)) for i in range(config.layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, make_ffn(i), make_residual(i)) for i in range(config.layers)
+        )
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -117,9 +139,11 @@ class Decoder(nn.Module):
         rotation = rotary_angles(start, ids_BS.shape[1], self.config, ids_BS.device)
         x_BSD = self.embed_tokens(ids_BS)
         routings: list[Routing] = []
+        state: DepthState | None = None
         for i, layer in enumerate(self.layers):
             context = {"mask": mask, "token_ids": ids_BS, "previous": routings[-1] if routings else None}
-            x_BSD, routing = layer(x_BSD, rotation, None if cache is None else cache.layers[i], context)
+            layer_cache = None if cache is None else cache.layers[i]
+            x_BSD, routing, state = layer(x_BSD, rotation, layer_cache, context, state)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
@@ -127,20 +151,22 @@ class Decoder(nn.Module):
         logits_BSV: Tensor = self.lm_head(self.norm(x_BSD))
         return logits_BSV, routings
 
-    def num_parameters(self, *, active: bool = False) -> int:
-        """Parameters, tied ones once; `active` counts of each expert bank only the top-k of E."""
-        total = sum(p.numel() for p in self.parameters())
-        if active:
-            for moe in self.modules():
-                if isinstance(moe, MoE):
-                    bank = sum(p.numel() for p in moe.experts.parameters())  # type: ignore[attr-defined]
-                    total -= bank - bank * self.config.top_k // moe.experts.num_experts
-        return total
+    def num_parameters(self) -> int:
+        """Parameters stored, tied ones once."""
+        return sum(p.numel() for p in self.parameters())
 
     def _init_weights(self) -> None:
         # Width-scaled normal, and layers that write to the residual stream scaled down by depth (GPT-2).
+        # A module that `keeps_init` needs its own start, such as a tree that is to begin undecided.
+        kept = {
+            id(p)
+            for m in self.modules()
+            if getattr(m, "keeps_init", False)
+            for p in m.parameters(recurse=False)
+        }
         for name, p in self.named_parameters():
-            if p.dim() < 2 or not bool(p.any()):  # a matrix that its module starts at zero stays there
+            # a matrix that its module starts at zero stays there
+            if p.dim() < 2 or id(p) in kept or not bool(p.any()):
                 continue
             std = 0.02 if "embed" in name else p.shape[-1] ** -0.5
             if "o_proj" in name or "down_proj" in name:
@@ -159,14 +185,14 @@ def default_ffn(config: DecoderConfig) -> nn.Module:
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x))."""
+    """x + attention(norm(x)), then ffn(norm(x)) joins by the layer's residual: x + ffn(norm(x)) if plain."""
 
-    def __init__(self, config: DecoderConfig, ffn: nn.Module) -> None:
+    def __init__(self, config: DecoderConfig, ffn: nn.Module, residual: Residual) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.mlp = ffn
+        self.mlp, self.residual = ffn, residual
 
     def forward(
         self,
@@ -174,13 +200,19 @@ class DecoderLayer(nn.Module):
         rotation: tuple[Tensor, Tensor],
         cache: "LayerCache | None",
         context: dict[str, Any],
-    ) -> tuple[Tensor, Routing | None]:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotation, cache, context["mask"])
-        h_BSD = self.post_attention_layernorm(x_BSD)
+        state: DepthState | None,
+    ) -> tuple[Tensor, Routing | None, DepthState | None]:
+        y_BSD, attention = self.self_attn(self.input_layernorm(x_BSD), rotation, cache, context["mask"])
+        x_BSD = x_BSD + y_BSD
+        context = context | {"attention": attention, "past": None if cache is None else cache.routing}
+        h_BSD = self.post_attention_layernorm(self.residual.point(x_BSD, state))
+        routing = None
         if isinstance(self.mlp, MoE):
             y_BSD, routing = self.mlp(h_BSD, **{k: v for k, v in context.items() if v is not None})
-            return x_BSD + y_BSD, routing
-        return x_BSD + self.mlp(h_BSD), None
+        else:
+            y_BSD = self.mlp(h_BSD)
+        x_BSD, state = self.residual(x_BSD, y_BSD, state)
+        return x_BSD, routing, state
 
 
 class Attention(nn.Module):
@@ -202,7 +234,7 @@ class Attention(nn.Module):
         rotation: tuple[Tensor, Tensor],
         cache: "LayerCache | None",
         mask_BS: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, AttentionHeads]:
         batch, length, _ = x_BSD.shape
         q_BHSC = self.q_norm(self.q_proj(x_BSD).view(batch, length, self.heads, -1)).transpose(1, 2)
         k_BHSC = self.k_norm(self.k_proj(x_BSD).view(batch, length, self.kv_heads, -1)).transpose(1, 2)
@@ -227,7 +259,9 @@ class Attention(nn.Module):
             enable_gqa=self.heads != self.kv_heads,
         )
         y_BSD: Tensor = self.o_proj(y_BHSC.transpose(1, 2).reshape(batch, length, -1))
-        return y_BSD
+        return y_BSD, AttentionHeads(
+            q_BHSC, k_BHSC, v_BHSC, self.o_proj.weight, attend, causal=attend is None
+        )
 
 
 def rotary_angles(
@@ -249,11 +283,12 @@ def rotate(x_BHSC: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class LayerCache:
-    """Keys and values of one layer so far, [B, Hkv, S, C]."""
+    """Keys and values of one layer so far, [B, Hkv, S, C], and what its router keeps of earlier positions."""
 
     def __init__(self) -> None:
         self.k: Tensor | None = None
         self.v: Tensor | None = None
+        self.routing: dict[str, Tensor] = {}
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self.k = k if self.k is None else torch.cat((self.k, k), dim=2)

@@ -1,9 +1,23 @@
 """The core: routings, routers (score, then select), expert banks, the MoE layer, balance, monitors."""
 
 from coterie.nn import balance
+from coterie.nn.affinity import AttentionAffinity, SimilarityAffinity
+from coterie.nn.attention import AttentionHeads
+from coterie.nn.cost import parameters_per_expert
+from coterie.nn.depth import (
+    AdamResidual,
+    DepthState,
+    MomentumResidual,
+    PlainResidual,
+    Residual,
+    robust_momentum,
+)
 from coterie.nn.experts import ConcatExperts, Experts, MLPExperts, ModuleExperts, SwiGLUExperts
-from coterie.nn.moe import Gated, MoE, SwiGLU
-from coterie.nn.monitor import Monitor, fluctuation
+from coterie.nn.mix_tokens import MixTokens
+from coterie.nn.moe import MLP, Gated, MoE, SwiGLU
+from coterie.nn.monitor import Monitor, StabilityTracker, fluctuation
+from coterie.nn.multi_gate import MultiGateMoE
+from coterie.nn.permutation import LearnedPermutation, PermuteLabels, permutation_entropy
 from coterie.nn.routers import (
     AnyRouter,
     HashRouter,
@@ -22,25 +36,33 @@ from coterie.nn.score import (
     LinearScore,
     LogitNoise,
     MaskExperts,
-    MixTokens,
     MLPScore,
     PermuteExperts,
     PreviousLogits,
     RemapScores,
 )
 from coterie.nn.select import Dense, ExpertChoice, Threshold, TopK, TopP
+from coterie.nn.spectrum import curvatures, spectral_radius, stability_limit
+from coterie.nn.trees import DSelectKScore, TreeRouter, TreeScore
 from coterie.nn.zero_cost import MaskWeights, ZeroCostExperts
 
 __all__ = [
+    "MLP",
+    "AdamResidual",
     "AnyRouter",
+    "AttentionAffinity",
+    "AttentionHeads",
     "ConcatExperts",
     "CosineScore",
+    "DSelectKScore",
     "Dense",
+    "DepthState",
     "ExpertChoice",
     "Experts",
     "Gated",
     "HashRouter",
     "InputJitter",
+    "LearnedPermutation",
     "LimitCapacity",
     "LinearScore",
     "LogitNoise",
@@ -52,22 +74,37 @@ __all__ = [
     "MixTokens",
     "MoE",
     "ModuleExperts",
+    "MomentumResidual",
     "Monitor",
+    "MultiGateMoE",
     "NoisyTopK",
     "PermuteExperts",
+    "PermuteLabels",
+    "PlainResidual",
     "PreviousLogits",
     "RandomRouter",
     "RemapScores",
+    "Residual",
     "Router",
     "Routing",
     "SequenceRouter",
+    "SimilarityAffinity",
+    "StabilityTracker",
     "SwiGLU",
     "SwiGLUExperts",
     "Threshold",
     "TopK",
     "TopP",
+    "TreeRouter",
+    "TreeScore",
     "ZeroCostExperts",
     "balance",
+    "curvatures",
     "fluctuation",
+    "parameters_per_expert",
+    "permutation_entropy",
+    "robust_momentum",
+    "spectral_radius",
+    "stability_limit",
     "switch_router",
 ]

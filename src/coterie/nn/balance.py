@@ -95,6 +95,23 @@ def token_entropy(routing: Routing) -> Tensor:
     return entropy_T
 
 
+def path_entropy(routings: Routings) -> Tensor:
+    """Mean over tokens of Σ_j Σ_i -P log(P + 1e-6), in nats: 0 when each of J trees picks one leaf.
+
+    P are the `paths` that `TreeRouter` puts on its routing; ValueError when they are missing. It acts on the
+    paths, not on the gate, which may stay soft over the leaves that the trees picked.
+
+    Source: Ibrahim et al. 2023 (COMET), section 3; Hazimeh et al. 2021 (DSelect-k), section 3.2.
+    """
+
+    def loss(routing: Routing) -> Tensor:
+        if routing.paths is None:
+            raise ValueError("path_entropy needs the paths of trees; route with TreeRouter")
+        return _token_mean(-(routing.paths * (routing.paths + 1e-6).log()).sum((1, 2)), routing)
+
+    return _over_layers(loss, routings)
+
+
 def importance_cv2(routings: Routings) -> Tensor:
     """Squared coefficient of variation of the experts' importance (summed weights).
 

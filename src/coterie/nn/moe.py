@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer, and the dense feed-forward network it stands beside."""
+"""The mixture-of-experts layer, and the dense feed-forward networks it stands beside."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from coterie.kernels.activations import get_activation
 from coterie.nn.experts import Experts
 from coterie.nn.routers import AnyRouter
 from coterie.nn.routing import Routing
@@ -50,17 +51,20 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, **context: Any) -> tuple[Tensor, Routing]:
         shape = x.shape[:-1]
-        flat = {key: self._flatten(value, shape) for key, value in context.items()}
         x_TD = x.reshape(-1, x.shape[-1])
-        routing = self.router(x_TD, shape=shape, **flat)
+        routing = self.router(x_TD, shape=shape, **flatten_context(context, shape))
         y_TD = self.experts(x_TD, routing)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.view(*shape, y_TD.shape[-1]), routing
 
-    @staticmethod
-    def _flatten(value: Any, shape: torch.Size) -> Any:
-        return value.reshape(-1) if isinstance(value, Tensor) and value.shape == shape else value
+
+def flatten_context(context: dict[str, Any], shape: torch.Size) -> dict[str, Any]:
+    """The context with every tensor of the tokens' leading shape flattened to [T]."""
+    return {
+        key: value.reshape(-1) if isinstance(value, Tensor) and value.shape == shape else value
+        for key, value in context.items()
+    }
 
 
 class SwiGLU(nn.Module):
@@ -84,6 +88,33 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class MLP(nn.Module):
+    """The dense two-layer feed-forward network: down(act(up(x))), with biases.
+
+    Args:
+        dim: D.
+        hidden: F.
+        activation: a name in `coterie.kernels.ACTIVATIONS`.
+
+    >>> MLP(8, 16)(torch.randn(5, 8)).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(self, dim: int, hidden: int, *, activation: str = "gelu") -> None:
+        super().__init__()
+        get_activation(activation)
+        self.activation = activation
+        self.up_proj = nn.Linear(dim, hidden)
+        self.down_proj = nn.Linear(hidden, dim)
+        for projection in (self.up_proj, self.down_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(get_activation(self.activation)(self.up_proj(x)))
         return y
 
 

@@ -1,12 +1,13 @@
 """Streaming statistics of routings, cheap enough to stay on: a few [T, E] operations per layer and step."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from coterie.nn.balance import token_entropy
+from coterie.nn.balance import entropy, token_entropy
 from coterie.nn.routing import Routing
 
 
@@ -104,10 +105,74 @@ class Monitor:
         }
 
 
-def fluctuation(before: Routing, after: Routing) -> float:
-    """Share of tokens whose top expert differs between two routings of the same tokens.
+class StabilityTracker:
+    """How much the routing of one fixed probe batch moves from checkpoint to checkpoint.
+
+    Routes in evaluation mode and without gradients, else dropout and router noise would count as movement;
+    the model comes back in the mode it was in.
+
+    Args:
+        route: from a model to its routings of the probe, such as `lambda model: model(ids)[1]`.
+
+    Attributes:
+        fluctuations: (step, `fluctuation` since the update before), one per update but the first.
+        entropies: (step, mean entropy of a token's scores in nats), one per update.
+
+    >>> from coterie.nn import LinearScore, Router, TopK
+    >>> router, x = Router(LinearScore(8, 4), TopK(1)), torch.randn(100, 8)
+    >>> tracker = StabilityTracker(lambda model: model(x))
+    >>> tracker.update(router, step=1)
+    >>> _ = router.score.weight.data.neg_()
+    >>> tracker.update(router, step=2)
+    >>> tracker.fluctuation(), tracker.flip_rate(router, lambda model: model(x + 1e-9))
+    (1.0, 0.0)
+    """
+
+    def __init__(self, route: Callable[[nn.Module], Routing | Sequence[Routing]]) -> None:
+        self.route = route
+        self.fluctuations: list[tuple[int, float]] = []
+        self.entropies: list[tuple[int, float]] = []
+        self._before: list[Routing] = []
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """Routes the probe through a checkpoint, the one after those of earlier updates."""
+        routings = _evaluated(model, self.route)
+        if self._before:
+            self.fluctuations.append((step, fluctuation(self._before, routings)))
+        self.entropies.append((step, float(entropy(routings))))
+        self._before = routings
+
+    def fluctuation(self, last: int | None = None) -> float:
+        """Mean of the `last` fluctuations; of all for None. ValueError when there are fewer."""
+        shares = [share for _, share in self.fluctuations]
+        if not 1 <= (last or 1) <= len(shares):
+            raise ValueError(
+                f"{len(shares)} fluctuations so far, one per update but the first; asked for {last or 'any'}"
+            )
+        some = shares[-last:] if last else shares
+        return math.fsum(some) / len(some)
+
+    def flip_rate(
+        self, model: nn.Module, perturbed: Callable[[nn.Module], Routing | Sequence[Routing]]
+    ) -> float:
+        """Share of the probe's tokens whose top expert differs under a perturbed input.
+
+        Args:
+            perturbed: like `route`, with the same tokens perturbed.
+        """
+        return fluctuation(_evaluated(model, self.route), _evaluated(model, perturbed))
+
+
+def fluctuation(before: Routing | Sequence[Routing], after: Routing | Sequence[Routing]) -> float:
+    """Share of tokens whose top expert differs between two routings of the same tokens; mean over layers.
 
     Compare the same probe batch at two checkpoints, or a clean and a perturbed input.
+
+    Args:
+        before, after: one Routing, or one per layer.
+
+    Raises:
+        ValueError: not of the same tokens, experts or number of layers.
 
     Source: Nguyen et al. 2025 (graph of tokens), routing fluctuation.
 
@@ -115,6 +180,16 @@ def fluctuation(before: Routing, after: Routing) -> float:
     >>> fluctuation(Routing.dense(a), Routing.dense(b))
     0.5
     """
+    befores = [before] if isinstance(before, Routing) else before
+    afters = [after] if isinstance(after, Routing) else after
+    if not befores or len(befores) != len(afters):
+        raise ValueError(
+            f"routings of {len(befores)} and of {len(afters)} layers; should be as many, at least 1"
+        )
+    return math.fsum(map(_fluctuation, befores, afters)) / len(befores)
+
+
+def _fluctuation(before: Routing, after: Routing) -> float:
     if before.experts.shape[0] != after.experts.shape[0] or before.num_experts != after.num_experts:
         raise ValueError(
             f"routings of {before.experts.shape[0]} tokens over {before.num_experts} experts and of "
@@ -124,6 +199,18 @@ def fluctuation(before: Routing, after: Routing) -> float:
     if before.mask is not None:
         changed = changed[before.mask]
     return changed.double().mean().item()
+
+
+@torch.no_grad()
+def _evaluated(model: nn.Module, route: Callable[[nn.Module], Routing | Sequence[Routing]]) -> list[Routing]:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        routings = route(model)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return [routings] if isinstance(routings, Routing) else list(routings)
 
 
 def _top_expert(routing: Routing) -> Tensor:

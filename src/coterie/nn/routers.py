@@ -5,8 +5,12 @@ What a router may look at besides the token comes as keyword context; the keys i
     mask       [T] bool, False for padding
     shape      leading shape of the layer's input, such as (B, S); given by `MoE`
     previous   the Routing of the previous MoE layer
-    affinity   [B, S, S] how much each token listens to each other one
     token_ids  [T] int64
+    segment_ids  [T] int64, the document of each token where a row packs several
+    affinity   [B, S, S] how much each token listens to each other one
+    attention  `AttentionHeads` of the layer: its attention probabilities, computed only if a router asks
+    past       dict in which a router keeps tensors of earlier positions; given when decoding with a cache
+    paths      [T, J, E] path probabilities, from `TreeRouter` to its scorer
 """
 
 from collections.abc import Callable

@@ -30,6 +30,8 @@ class Routing:
         chosen_E: [E] slots each expert was given before any were dropped over capacity; None if none were.
         choice_probability: [T, E] probability that a token's top-k holds an expert under fresh noise
             (noisy top-k only); what Shazeer's load loss differentiates.
+        paths: [T, J, E] probability that each of J trees sends the token to each of its leaves (tree routers
+            only); what the path entropy differentiates.
 
     Treat it as immutable: what is derived from it is computed once and kept. (Not a frozen dataclass, which
     torch.compile cannot return.) Nothing is checked on construction, which sits in the hot path;
@@ -48,6 +50,7 @@ class Routing:
     mask: Tensor | None = None
     chosen_E: Tensor | None = None
     choice_probability: Tensor | None = None
+    paths: Tensor | None = None
     _derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod

@@ -180,39 +180,9 @@ class PreviousLogits(_Wrapper):
                 f"the previous layer routed over {previous.num_experts} experts but this scorer maps "
                 f"{self.weight.shape[1]}; give previous_experts={previous.num_experts}"
             )
-        return logits_TE + F.linear(previous.logits.to(logits_TE), self.weight.to(logits_TE))
-
-
-class MixTokens(_Wrapper):
-    """Each token's expert distribution becomes a mean of the distributions of the tokens it listens to.
-
-    Reads `affinity` from the context: [B, S, S] (or [T, T]) weights ≥ 0, row i saying how much token i
-    listens to each token of its sequence; causal models must pass a causal one. Padding is left out and
-    its share given to the other tokens. Returns log(A · softmax(logits)), so that a softmax gate
-    afterwards sees exactly the mixture.
-
-    Source: Nguyen et al. 2025 (graph of tokens), equation for R̄ = S R.
-    """
-
-    def forward(
-        self, x_TD: Tensor, *, affinity: Tensor | None = None, mask: Tensor | None = None, **context: Any
-    ) -> Tensor:
-        if affinity is None:
-            raise ValueError("MixTokens needs affinity=[B, S, S] in the context; none was given")
-        logits_TE = self.score(x_TD, affinity=affinity, mask=mask, **context)
-        size = affinity.shape[-1]
-        if affinity.shape[-2] != size or affinity.numel() != logits_TE.shape[0] * size:
-            raise ValueError(
-                f"affinity has shape {tuple(affinity.shape)}; "
-                f"should be [B, S, S] with B · S = {logits_TE.shape[0]} tokens"
-            )
-        weights_BSS = affinity.to(logits_TE).view(-1, size, size)
-        if mask is not None:
-            total = weights_BSS.sum(-1, keepdim=True)
-            weights_BSS = weights_BSS * mask.view(-1, 1, size)
-            weights_BSS = weights_BSS * total / weights_BSS.sum(-1, keepdim=True).clamp(min=1e-20)
-        scores_BSE = logits_TE.softmax(-1).view(-1, size, self.num_experts)
-        return _log(weights_BSS @ scores_BSE).view_as(logits_TE)
+        # an expert that could not be chosen says nothing; its -inf times a weight would be NaN
+        previous_TE = previous.logits.masked_fill(previous.logits == -torch.inf, 0)
+        return logits_TE + F.linear(previous_TE.to(logits_TE), self.weight.to(logits_TE))
 
 
 class PermuteExperts(_Wrapper):
@@ -264,6 +234,9 @@ class RemapScores(_Wrapper):
 class MaskExperts(_Wrapper):
     """Keeps the router from choosing some experts: their logits become -inf before selection.
 
+    A token for which the inner scorer itself leaves no other expert (a certain tree) goes to all allowed ones
+    alike.
+
     Args:
         score: the inner scorer.
         allowed: bool [E], at least one True.
@@ -281,7 +254,9 @@ class MaskExperts(_Wrapper):
         self.register_buffer("allowed", allowed.bool())
 
     def forward(self, x_TD: Tensor, **context: Any) -> Tensor:
-        return self.score(x_TD, **context).masked_fill(~self.allowed, -torch.inf)
+        logits_TE = self.score(x_TD, **context).masked_fill(~self.allowed, -torch.inf)
+        stranded_T1 = (logits_TE == -torch.inf).all(-1, keepdim=True)
+        return logits_TE.masked_fill(stranded_T1 & self.allowed, 0)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -216,10 +216,12 @@ class ExpertChoice(nn.Module):
 
 
 class Dense(nn.Module):
-    """Soft mixing: every expert, weighted by its score.
+    """Soft mixing: every expert, weighted by its score; one whose logit is -inf is not run.
 
     >>> Dense()(torch.zeros(1, 4)).weights.tolist()
     [[0.25, 0.25, 0.25, 0.25]]
+    >>> Dense()(torch.tensor([[0.0, -torch.inf, 0.0]])).experts.tolist()
+    [[0, -1, 2]]
     """
 
     def __init__(self, *, gate: str = "softmax") -> None:
@@ -227,7 +229,8 @@ class Dense(nn.Module):
         self.gate = _check_gate(gate)
 
     def forward(self, logits_TE: Tensor, *, mask: Tensor | None = None) -> Routing:
-        return Routing.dense(GATES[self.gate](logits_TE), logits_TE, mask)
+        routing = Routing.dense(GATES[self.gate](logits_TE), logits_TE, mask)
+        return routing.keep(logits_TE > -torch.inf)
 
 
 def make_routing(

@@ -4,11 +4,13 @@ from coterie.report.attraction import (
     Attracted,
     Passage,
     attracted_bytes,
+    attracted_tokens,
     attracted_words,
     load_by_layer,
     passage,
 )
 from coterie.report.comparison import Arm, compare, headline
+from coterie.report.explorer import Explorer, ExplorerLayer, write_explorer
 from coterie.report.page import Report, write_report
 from coterie.report.shrunk import print_shrunk, write_shrunk_page
 from coterie.report.tables import (
@@ -23,9 +25,12 @@ from coterie.report.tables import (
 __all__ = [
     "Arm",
     "Attracted",
+    "Explorer",
+    "ExplorerLayer",
     "Passage",
     "Report",
     "attracted_bytes",
+    "attracted_tokens",
     "attracted_words",
     "compare",
     "format_bytes",
@@ -38,6 +43,7 @@ __all__ = [
     "passage",
     "print_shrunk",
     "print_table",
+    "write_explorer",
     "write_report",
     "write_shrunk_page",
 ]

@@ -5,7 +5,7 @@ token, W distinct words or bytes. Ids are bytes 0 … 255, and 256 for <|endofte
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from coterie.data import END_OF_TEXT
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from coterie.hf import BlockRecord
     from coterie.nn import Routing
 
     Ids = Tensor | NDArray[np.integer]
@@ -139,6 +140,23 @@ def attracted_bytes(
     return _rank(ids_T, np.bincount(ids_T, minlength=END_OF_TEXT + 1), names, routing, top, min_count)
 
 
+def attracted_tokens(
+    ids_T: "Ids", name: Callable[[int], str], record: "BlockRecord", top: int = 8, *, min_count: int = 4
+) -> list[list[Attracted]]:
+    """The tokens of any vocabulary that each expert attracts most, by lift; see `attracted_words`.
+
+    Args:
+        ids_T: [T].
+        name: what an id is shown as.
+        record: of those T tokens.
+        top: tokens per expert, at most.
+        min_count: a token counts only if it occurs this often.
+    """
+    distinct_W, words_T, occurrences_W = np.unique(np.asarray(ids_T), return_inverse=True, return_counts=True)
+    names = [show(name(int(number))) for number in distinct_W]
+    return _rank(words_T.astype(np.int64), occurrences_W, names, record, top, min_count)
+
+
 def passage(ids_S: "Ids", routings: Sequence["Routing"], start: int, length: int) -> Passage:
     """A passage, character by character, with the experts that every layer chose.
 
@@ -204,7 +222,7 @@ def _rank(
     names_T: NDArray[np.int64],
     occurrences_W: NDArray[np.int64],
     names: list[str],
-    routing: "Routing",
+    routing: "Routing | BlockRecord",
     top: int,
     min_count: int,
 ) -> list[list[Attracted]]:

@@ -98,20 +98,24 @@ def render(report: Report) -> str:
     from markupsafe import Markup
 
     _check(report)
+    num_layers = max(len(report.load), len(report.passage.experts) if report.passage else 0)
     return fill_template(
         "page.html",
         report=report,
         curves=Markup(loss_curves(report.arms)),
         narrow_curves=Markup(loss_curves(report.arms, width=4.4, height=3.6)),
         colours=expert_colours(_num_experts(report)),
-        num_layers=max(len(report.load), len(report.passage.experts) if report.passage else 0),
+        num_layers=num_layers,
+        layer_names=[str(layer) for layer in range(num_layers)],
         end_text=END_TEXT,
-        choices=_choices(report.passage),
-        tint=_tint,
+        choices=flat_choices(report.passage),
+        unit="character",
+        slots="first",
+        tint=tint,
     )
 
 
-def _choices(shown: Passage | None) -> list[list[list[Any]]]:
+def flat_choices(shown: Passage | None) -> list[list[list[Any]]]:
     """[L][C]: [expert, weight in thousandths, …] of each character, flat because it is most of the page."""
     if shown is None:
         return []
@@ -124,7 +128,7 @@ def _choices(shown: Passage | None) -> list[list[list[Any]]]:
     ]
 
 
-def _tint(load: float) -> str:
+def tint(load: float) -> str:
     """A heat-map cell's colour: none at 1, full at a quarter of the fair share and at four times it."""
     strength = max(-1.0, min(1.0, math.log2(max(load, 1e-3)) / 2))
     return f"--c:var({'--over' if strength > 0 else '--under'});--p:{abs(strength):.0%}"

@@ -48,7 +48,7 @@ def _trained(seed: int, steps: int, config: DecoderConfig) -> PreTrainedModel:
     model = Decoder(config)
     text = domain_markov(32 * steps, seed=1000 + seed)
     options = {"batch_size": 32, "lr": 4e-3, "warmup_steps": min(50, steps), "weight_decay": 0.01}
-    train(model, text, loss=_loss(), steps=steps, seed=seed, **options)  # type: ignore[arg-type]
+    train(model, text, loss=domain_lm_loss(), steps=steps, seed=seed, **options)  # type: ignore[arg-type]
     return to_transformers(model)
 
 
@@ -61,12 +61,18 @@ def domain_loss(model: PreTrainedModel, ids_NS: Tensor) -> float:
     return _steps_loss(model(ids_NS[:, :-1]).logits, ids_NS).item()
 
 
-def _loss() -> LossFn:
+def domain_lm_loss(balance: float = 0.01) -> LossFn:
+    """The training loss of a decoder on `domain_markov` sequences: that of `domain_loss`, and load balance.
+
+    Args:
+        balance: weight of load balance.
+    """
+
     def loss_fn(model: nn.Module, ids_BS: Tensor) -> LossOutput:
         logits_BSV, routings = model(ids_BS[:, :-1])
         cross_entropy = _steps_loss(logits_BSV, ids_BS)
         tokens = ids_BS[:, 2:].numel()
-        loss = cross_entropy + 0.01 * load_balance(routings)
+        loss = cross_entropy + balance * load_balance(routings) if routings else cross_entropy
         return LossOutput(loss, cross_entropy.detach(), tokens, list(routings))
 
     return loss_fn

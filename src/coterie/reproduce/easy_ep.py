@@ -82,7 +82,7 @@ def few(seed: int, budget: Budget, data: Any) -> Values:
     model = domain_lm(seed, STEPS[budget])
     blocks = find_moe_blocks(model)
     curve = []
-    for count in (1, 2, 5, 10, 25):
+    for count in (5, 25) if smoke else (1, 2, 5, 10, 25):
         shares = []
         for domain in range(1 if smoke else DOMAINS):
             text = domain_markov(25, seed=10_000 * seed + 10 * domain, domain=domain)

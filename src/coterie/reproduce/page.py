@@ -30,12 +30,12 @@ def paper_page(experiment: Experiment, result: Result) -> PaperPage:
             ClaimRow(o.text, o.verdict, format_measured(o.measured), o.required, o.note)
             for o in result.claims
         ],
-        tables=[Table(*table) for table in arm_tables(result)],
+        tables=[Table(*table) for table in arm_tables(result.arms)],
         measured_note=measured_note(result),
         drawings=[
             Drawing(plot.curve, plot.note, draw(plot, result), draw(plot, result, width=4.4, height=3.6))
             for plot in experiment.plots
-            if lines_of(plot, result)
+            if lines_of(plot, result.arms)
         ],
         about=[" ".join(paragraph.split()) for paragraph in experiment.about.split("\n\n")],
         provenance={**result.provenance, "wall time": result.wall_time},
@@ -52,7 +52,7 @@ def measured_note(result: Result) -> str:
 def draw(plot: Plot, result: Result, *, width: float = 8.0, height: float = 3.8) -> str:
     """A plot of the result as SVG, in the page's colours."""
     return line_plot(
-        lines_of(plot, result),
+        lines_of(plot, result.arms),
         x=plot.x,
         y=plot.y,
         log_x=plot.log_x,

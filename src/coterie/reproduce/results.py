@@ -5,7 +5,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -101,27 +101,27 @@ def numbers_of(values: Values) -> dict[str, float]:
     return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
 
-def arm_tables(result: Result) -> list[tuple[str, list[str], list[list[str]]]]:
+def arm_tables(arms: Mapping[str, list[Values]]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, columns, rows) per group of arms that measure the same: mean ± sd over seeds, a column per arm.
 
     The title is what comes before the "/" of the arms' names, "" if there is none.
     """
     groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for arm, values in result.arms.items():
+    for arm, values in arms.items():
         title = arm.rpartition("/")[0]
         groups.setdefault((title, tuple(numbers_of(values[0]))), []).append(arm)
     tables = []
-    for (title, names), arms in groups.items():
-        measured = {arm: _by_name(result.arms[arm]) for arm in arms}
-        rows = [[name, *(mean_and_sd(measured[arm][name]) for arm in arms)] for name in names]
+    for (title, names), group in groups.items():
+        measured = {arm: _by_name(arms[arm]) for arm in group}
+        rows = [[name, *(mean_and_sd(measured[arm][name]) for arm in group)] for name in names]
         if rows:
-            tables.append((title, ["", *(arm.rpartition("/")[2] for arm in arms)], rows))
+            tables.append((title, ["", *(arm.rpartition("/")[2] for arm in group)], rows))
     return tables
 
 
 def print_result(result: Result) -> None:
     """Arms, claims and wall time, on standard output."""
-    for title, columns, rows in arm_tables(result):
+    for title, columns, rows in arm_tables(result.arms):
         print_table(f"{result.slug}{title and f', {title}'}", columns, rows)
         print()
     rows = [[o.text, o.verdict, format_measured(o.measured), o.required] for o in result.claims]
@@ -131,13 +131,14 @@ def print_result(result: Result) -> None:
     sys.stdout.flush()
 
 
-def lines_of(plot: Plot, result: Result) -> list[Line]:
+def lines_of(plot: Plot, arms: Mapping[str, list[Values]]) -> list[Line]:
     """A plot's lines: for each arm with the curve its mean over seeds, in the range of the seeds."""
-    arms = [arm for arm in plot.arms or result.arms if plot.curve in result.arms.get(arm, [{}])[0]]
     lines = []
-    for arm in arms:
+    for arm in plot.arms or arms:
+        if plot.curve not in arms.get(arm, [{}])[0]:
+            continue
         label = arm.rpartition("/")[2]
-        curves = [_curve(values, plot.curve) for values in result.arms[arm]]
+        curves = [_curve(values, plot.curve) for values in arms[arm]]
         xs = [[x for x, _ in curve] for curve in curves]
         ys = [[y for _, y in curve] for curve in curves]
         if plot.points or any(x != xs[0] for x in xs):

@@ -8,7 +8,7 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,21 +63,13 @@ def reproduce(
     numbers = _seeds(experiment, budget, seeds, first_seed)
     content = _read(experiment, data)
     folder = Path(out) / slug / budget
-    identity = _identity(budget, data)
-    work = [(arm, seed) for seed in numbers for arm in chosen]
-    values: dict[str, list[Values]] = {arm: [] for arm in chosen}
-    seconds: dict[str, list[float]] = {arm: [] for arm in chosen}
-    with ArmProgress(slug, [arm for arm, _ in work], show=progress) as shown:
-        for arm, seed in work:
-            shown.begin(arm, seed)
-            kept = folder / arm / f"seed-{seed}.json"
-            found = _finished(kept, identity)
-            measured = found or _measure(experiment.arms[arm], arm, seed, budget, content)
-            if found is None:
-                write_whole(kept, json.dumps({"identity": identity, **measured}))
-            values[arm].append(measured["values"])
-            seconds[arm].append(measured["seconds"])
-            shown.end(measured["seconds"], loaded=found is not None)
+    key = identity([budget], [Path(data)] if data is not None else [])
+
+    def on_budget(run: Arm) -> Callable[[int], Values]:
+        return lambda seed: run(seed, budget, content)
+
+    runs = {arm: on_budget(experiment.arms[arm]) for arm in chosen}
+    values, seconds = measure_arms(slug, runs, numbers, folder, key, progress)
     provenance = _provenance(experiment, budget, numbers, data, arms)
     result = Result(slug, budget, numbers, values, seconds, [], provenance)
     result.claims = judge(experiment, result)
@@ -87,6 +79,55 @@ def reproduce(
     if not any(folder.parent.iterdir()):
         folder.parent.rmdir()
     return result
+
+
+def measure_arms(
+    title: str,
+    arms: Mapping[str, Callable[[int], Values]],
+    seeds: Sequence[int],
+    folder: Path,
+    key: str,
+    progress: bool | None,
+) -> tuple[dict[str, list[Values]], dict[str, list[float]]]:
+    """Runs every arm on every seed and keeps each in the folder, for an interrupted run to go on with.
+
+    Args:
+        title: of the progress bar.
+        arms: name → (seed → what was measured).
+        seeds: what the arms are called with.
+        folder: for what is finished; the caller removes it.
+        key: of `identity`; what was kept under another key is measured again.
+        progress: show a progress bar; None shows it on a terminal, plain lines elsewhere.
+
+    Returns: (values, seconds), arm → seed by seed.
+    """
+    values: dict[str, list[Values]] = {arm: [] for arm in arms}
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    work = [(arm, seed) for seed in seeds for arm in arms]
+    with ArmProgress(title, [arm for arm, _ in work], show=progress) as shown:
+        for arm, seed in work:
+            shown.begin(arm, seed)
+            kept = folder / arm / f"seed-{seed}.json"
+            found = _finished(kept, key)
+            measured = found or _measure(arms[arm], arm, seed)
+            if found is None:
+                write_whole(kept, json.dumps({"identity": key, **measured}))
+            values[arm].append(measured["values"])
+            seconds[arm].append(measured["seconds"])
+            shown.end(measured["seconds"], loaded=found is not None)
+    return values, seconds
+
+
+def identity(parts: Sequence[str], paths: Sequence[Path]) -> str:
+    """A digest of this package's code, torch's version, the parts, and the size and time of the files."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(coterie.__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    files = [f for path in paths for f in sorted([path, *path.rglob("*")]) if f.is_file()]
+    said = [*parts, str(torch.__version__)]
+    said += [f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
+    digest.update("\n".join(said).encode())
+    return digest.hexdigest()
 
 
 def judge(experiment: Experiment, result: Result) -> list[Outcome]:
@@ -125,10 +166,10 @@ def _read(experiment: Experiment, data: str | Path | None) -> Any:
     return experiment.read_data(Path(data))
 
 
-def _measure(run: Arm, arm: str, seed: int, budget: Budget, data: Any) -> dict[str, Any]:
+def _measure(run: Callable[[int], Values], arm: str, seed: int) -> dict[str, Any]:
     set_seed(seed)
     began = time.perf_counter()
-    values = run(seed, budget, data)
+    values = run(seed)
     seconds = time.perf_counter() - began
     return {"values": {name: _plain(arm, name, value) for name, value in values.items()}, "seconds": seconds}
 
@@ -149,25 +190,12 @@ def _plain(arm: str, name: str, value: Any) -> float | list[list[float]]:
     return plain
 
 
-def _finished(kept: Path, identity: str) -> dict[str, Any] | None:
+def _finished(kept: Path, key: str) -> dict[str, Any] | None:
     """What an interrupted run of the same code on the same data left behind."""
     if not kept.exists():
         return None
     content = json.loads(kept.read_text("utf-8"))
-    return content if content.pop("identity") == identity else None
-
-
-def _identity(budget: Budget, data: str | Path | None) -> str:
-    parts = [str(budget), str(torch.__version__)]
-    sources = sorted(Path(coterie.__file__).parent.rglob("*.py"))
-    digest = hashlib.sha256()
-    for source in sources:
-        digest.update(source.read_bytes())
-    if data is not None:
-        files = sorted(p for p in [Path(data), *Path(data).rglob("*")] if p.is_file())
-        parts += [f"{p.resolve()} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
-    digest.update("\n".join(parts).encode())
-    return digest.hexdigest()
+    return content if content.pop("identity") == key else None
 
 
 def _provenance(

@@ -1,9 +1,10 @@
 """Smaller checkpoints: which experts to keep, merge or store in fewer bits."""
 
 from coterie.kernels import PackedWeight
+from coterie.shrink.dern import Recombined, dern
 from coterie.shrink.experts import QuantizedExperts
 from coterie.shrink.gptq import HessianMean, gptq
-from coterie.shrink.importance import IMPORTANCE, importance, kept_experts, mixed, overlap
+from coterie.shrink.importance import IMPORTANCE, gating, importance, kept_experts, mixed, overlap
 from coterie.shrink.knapsack import cheapest_choices
 from coterie.shrink.mask import load_mask, save_mask
 from coterie.shrink.mc_sharp import ExpertStatistics, allocate_bits, expert_statistics
@@ -11,7 +12,16 @@ from coterie.shrink.measure import Sizes, bytes_on_disk, interleaved_speed, perp
 from coterie.shrink.merge import m_smoe
 from coterie.shrink.packed_blocks import PackedExperts, pack_block
 from coterie.shrink.packed_checkpoint import load_packed, save_packed
-from coterie.shrink.prune import METHODS, Silenced, choose, least_output_error, no_reroute, prune, pruned
+from coterie.shrink.prune import (
+    METHODS,
+    Silenced,
+    choose,
+    least_output_error,
+    no_reroute,
+    prune,
+    pruned,
+    restored,
+)
 from coterie.shrink.quantize import awq, rtn
 from coterie.shrink.quantize_block import quantize_block
 from coterie.shrink.routed import RoutedTokens, block_inputs, routed_tokens
@@ -37,6 +47,7 @@ __all__ = [
     "PackedWeight",
     "PrefixMask",
     "QuantizedExperts",
+    "Recombined",
     "RoutedTokens",
     "Silenced",
     "Sizes",
@@ -46,7 +57,9 @@ __all__ = [
     "bytes_on_disk",
     "cheapest_choices",
     "choose",
+    "dern",
     "expert_statistics",
+    "gating",
     "gptq",
     "importance",
     "interleaved_speed",
@@ -65,6 +78,7 @@ __all__ = [
     "quantize_block",
     "random_mask",
     "ratio_threshold",
+    "restored",
     "routed_tokens",
     "rtn",
     "save_mask",

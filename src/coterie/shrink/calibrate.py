@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coterie.hf import BlockRecord, MoEBlock, recording
+from coterie.hf.calibration import documents
 
 MIN_TOKENS = 256
 """Fewer tokens than this say too little about experts."""
@@ -81,8 +81,8 @@ def read_text(path: Path | str, tokenizer: Any, *, max_tokens: int, seq_len: int
     """Token ids of one domain's text, cut into sequences of at most `seq_len`.
 
     Args:
-        path: a text file, which is one document; or a .jsonl file with a document a line: an object with
-            "text", with "input" and "output" (a question and the model's own answer), or with "input_ids".
+        path: a text file, which is one document; a .jsonl file with a document a line, see
+            `coterie.hf.calibration.documents`; or a folder of these.
         tokenizer: the checkpoint's; None will do where every line has "input_ids".
         max_tokens: read no more than about this many.
         seq_len: tokens.
@@ -90,10 +90,8 @@ def read_text(path: Path | str, tokenizer: Any, *, max_tokens: int, seq_len: int
     Raises ValueError if the file is missing, empty, too short or damaged.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a text file or a .jsonl file to calibrate on")
     sequences: list[list[int]] = []
-    for document in _documents(path):
+    for document in documents(path, characters=16 * max_tokens):
         ids = document if isinstance(document, list) else _tokens(path, tokenizer, document)
         sequences += [ids[at : at + seq_len] for at in range(0, len(ids), seq_len)]
         if sum(map(len, sequences)) >= max_tokens:
@@ -148,38 +146,6 @@ def identity(model_folder: Path, domains: Sequence[Sequence[Tensor]], keep_input
         for ids_BS in domain:
             digest.update(str(tuple(ids_BS.shape)).encode() + ids_BS.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _documents(path: Path) -> Iterator[str | list[int]]:
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error}") from None
-    if path.suffix != ".jsonl":
-        yield text
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            yield _document(path, number, line)
-
-
-def _document(path: Path, number: int, line: str) -> str | list[int]:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
-    if isinstance(fields, dict):
-        ids = fields.get("input_ids")
-        if isinstance(ids, list) and all(type(i) is int for i in ids):
-            return ids
-        if isinstance(fields.get("text"), str):
-            return str(fields["text"])
-        if isinstance(fields.get("input"), str) and isinstance(fields.get("output"), str):
-            return str(fields["input"]) + str(fields["output"])
-    found = ", ".join(fields) if isinstance(fields, dict) else type(fields).__name__
-    raise ValueError(
-        f'{path}, line {number}: found {found}; give "text", "input" and "output", or "input_ids" as a list'
-    )
 
 
 def _tokens(path: Path, tokenizer: Any, text: str) -> list[int]:

@@ -1,7 +1,4 @@
-"""A checkpoint on disk, made smaller for the domains of some text: from checks to the new folder.
-
-prune_checkpoint(folder, out, keep=64, calib=["math.jsonl"])
-"""
+"""A checkpoint on disk, made smaller for the domains of some text: from checks to the new folder."""
 
 import os
 import shutil
@@ -10,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
@@ -27,6 +24,8 @@ from coterie.shrink.calibrate import (
     joined,
     read_text,
 )
+from coterie.shrink.dern import dern
+from coterie.shrink.importance import gating, mixed
 from coterie.shrink.mask import save_mask
 from coterie.shrink.measure import bytes_on_disk, interleaved_speed, perplexity, sizes
 from coterie.shrink.merge import m_smoe
@@ -35,8 +34,8 @@ from coterie.shrink.prune import METHODS, OUTPUT_ERROR, check_keep, choose, rest
 from coterie.shrink.result import Measured, Shrunk
 
 MASK = "kept_experts.json"
-MERGES = {"m-smoe": m_smoe}
-"""Ways to merge: (block, record, groups), which edits the block and returns the groups as old ids."""
+MERGES = ("m-smoe", "dern")
+"""What `merge_checkpoint` knows."""
 
 _KEPT_INPUTS = 2048  # tokens of each domain whose block inputs are kept, for methods that need them
 
@@ -51,7 +50,7 @@ def prune_checkpoint(
     keep: int,
     calib: Sequence[Path | str],
     method: str = "easy-ep",
-    format: Format = "transformers",
+    format: str = "transformers",
     dry_run: bool = False,
     max_tokens: int = 65536,
     seq_len: int = 512,
@@ -102,7 +101,8 @@ def merge_checkpoint(
     groups: int,
     calib: Sequence[Path | str],
     method: str = "m-smoe",
-    format: Format = "transformers",
+    threshold: float = 0.6,
+    format: str = "transformers",
     dry_run: bool = False,
     max_tokens: int = 65536,
     seq_len: int = 512,
@@ -114,8 +114,10 @@ def merge_checkpoint(
         folder: as in `prune_checkpoint`, like all that is not named here.
         out: see there.
         groups: experts that are left in each layer.
-        calib: see there. Several domains are calibrated on as one.
-        method: one of MERGES.
+        calib: see there. For m-smoe, several domains are one.
+        method: "m-smoe", or "dern", which keeps as many experts as there are groups and gives them similar
+            neurons of the others, so that an expert's neurons may come into several groups.
+        threshold: of dern: how similar, as a cosine, -1 to 1.
         format: see there.
         dry_run: see there.
         max_tokens: see there.
@@ -126,9 +128,14 @@ def merge_checkpoint(
     """
     if method not in MERGES:
         raise ValueError(f"no method {method!r}; use one of {', '.join(MERGES)}")
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold}; it is a cosine, use -1 ≤ threshold ≤ 1")
 
     def edit(block: MoEBlock, records: Sequence[BlockRecord], number: int) -> list[list[int]]:
-        return MERGES[method](block, joined(records), groups)
+        if method == "m-smoe":
+            return m_smoe(block, joined(records), groups)
+        [score_E] = mixed([[gating(record)] for record in records])
+        return dern(block, score_E, groups, threshold=threshold).members
 
     job = _Job(Path(folder), out, groups, calib, method, format, dry_run, max_tokens, seq_len, _KEPT_INPUTS)
     return job.run(edit, progress)
@@ -143,7 +150,7 @@ class _Job:
     keep: int
     calib: Sequence[Path | str]
     method: str
-    format: Format
+    format: str
     dry_run: bool
     max_tokens: int
     seq_len: int
@@ -158,10 +165,14 @@ class _Job:
         blocks = find_moe_blocks(model)
         before, disk = sizes(model, blocks), bytes_on_disk(self.folder)
         names = {block.name: block.num_experts for block in blocks}
-        kept_calibration = None if self.dry_run or out is None else _beside(out)
+        folder = None
+        if out is not None and not self.dry_run:
+            folder = out.with_name(f"{out.name}.calibration") / identity(
+                self.folder, domains, self.keep_inputs
+            )
         with showing(sum(map(len, domains)) + len(blocks), progress) as show:
             whole = [block.snapshot() for block in blocks]
-            pairs = self._calibrate(model, blocks, domains, kept_calibration, show)
+            pairs = self._calibrate(model, blocks, domains, folder, show)
             experts = {}
             for number, (block, records) in enumerate(pairs):
                 experts[block.name] = edit(block, records, number)
@@ -185,12 +196,14 @@ class _Job:
             _measure(shrunk, model, blocks, whole, heldout)
             show.say(f"writing {out}")
             self._write(shrunk, model, blocks, whole, tokenizer, out)
-            if kept_calibration is not None:
-                shutil.rmtree(kept_calibration, ignore_errors=True)
+            if folder is not None and folder.exists():
+                shutil.rmtree(folder)
+                if not any(folder.parent.iterdir()):
+                    folder.parent.rmdir()
         return shrunk
 
     def _check_out(self) -> Path | None:
-        if self.format not in ("transformers", "coterie"):
+        if self.format not in get_args(Format):
             raise ValueError(f"no format {self.format!r}; use transformers or coterie")
         if self.out is None:
             if not self.dry_run:
@@ -203,11 +216,9 @@ class _Job:
         """The configuration of a checkpoint that can be made what was asked for; no weight is read."""
         if not self.calib:
             raise ValueError("no calibration text was given; the choice of experts needs some")
-        missing = [path for path in self.calib if not Path(path).is_file()]
+        missing = [path for path in self.calib if not Path(path).exists()]
         if missing:
-            raise ValueError(
-                f"{missing[0]} does not exist; give a text file or a .jsonl file to calibrate on"
-            )
+            raise ValueError(f"{missing[0]} does not exist; name a text file, a .jsonl file or a folder")
         model = outline(self.folder)
         blocks = find_moe_blocks(model)
         check_keep(blocks, self.keep)
@@ -235,8 +246,6 @@ class _Job:
         show: Show,
     ) -> Iterator[tuple[MoEBlock, list[BlockRecord]]]:
         """Each block with its records, one per domain."""
-        if folder is not None:
-            folder = folder / identity(self.folder, domains, self.keep_inputs)
         sources = [
             calibrated(
                 model,
@@ -263,7 +272,7 @@ class _Job:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
             draft = Path(temporary) / out.name
-            save(model, draft, self.format)
+            save(model, draft, cast(Format, self.format))
             if tokenizer is not None:
                 tokenizer.save_pretrained(draft)
             if all(len(ids) == 1 for groups in shrunk.experts.values() for ids in groups):
@@ -288,10 +297,6 @@ def _measure(
         largest = max(heldout, key=Tensor.numel)
         speeds = interleaved_speed(model, partial(restored, blocks, smaller), largest)
         shrunk.before.speed, shrunk.after.speed = speeds
-
-
-def _beside(out: Path) -> Path:
-    return out.with_name(f"{out.name}.calibration")
 
 
 def read_tokenizer(folder: Path) -> Any:

@@ -116,7 +116,7 @@ class QuantizedExperts(nn.Module):
             activation=bank.activation,
         )
 
-    @torch.compiler.disable  # the kernel reads addresses, which a traced tensor has not
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the kernel reads addresses, which tracing lacks
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         check_routing(self.num_experts, routing)
         return low_bit_mlp(

@@ -28,7 +28,7 @@ def gating_norm(record: BlockRecord) -> Tensor:
 
 def gating_token(record: BlockRecord) -> Tensor:
     """Σ weight · (how far the block turned the token)."""
-    return record.sum_by_expert(record.weights * record.moved.unsqueeze(1))
+    return record.sum_by_expert(record.weights * _moved_T1(record))
 
 
 def reap(record: BlockRecord) -> Tensor:
@@ -44,7 +44,7 @@ def easy_ep(record: BlockRecord) -> Tensor:
 
     Source: Dong et al. 2025 (EASY-EP, arXiv 2504.06792), section 4.
     """
-    return record.sum_by_expert(record.weights * record.norms * record.moved.unsqueeze(1))
+    return record.sum_by_expert(record.weights * record.norms * _moved_T1(record))
 
 
 IMPORTANCE: dict[str, Callable[[BlockRecord], Tensor]] = {
@@ -55,6 +55,15 @@ IMPORTANCE: dict[str, Callable[[BlockRecord], Tensor]] = {
     "reap": reap,
     "easy-ep": easy_ep,
 }
+
+
+def _moved_T1(record: BlockRecord) -> Tensor:
+    if len(record.moved) != len(record.experts):
+        raise ValueError(
+            f"{record.name}: how far it turns the residual stream cannot be recorded in this family; "
+            "use a score without it, such as gating-norm or reap"
+        )
+    return record.moved.unsqueeze(1)
 
 
 def importance(records: Sequence[BlockRecord], method: str, *, seed: int = 0) -> list[Tensor]:

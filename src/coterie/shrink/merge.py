@@ -3,14 +3,13 @@
 Letters: E experts, F their hidden width, D the width they read, T tokens.
 """
 
-import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from coterie.hf import BlockRecord, ExpertTensors, MoEBlock
+from coterie.hf import BlockRecord, MoEBlock
 from coterie.shrink.importance import frequency
 from coterie.shrink.prune import check_keep
+from coterie.shrink.segments import align, reordered
 
 
 def m_smoe(block: MoEBlock, record: BlockRecord, groups: int) -> list[list[int]]:
@@ -67,6 +66,7 @@ def router_similarity(block: MoEBlock, inputs_TD: Tensor) -> Tensor:
 def around_dominant(similarity_EE: Tensor, used_E: Tensor, groups: int) -> list[list[int]]:
     """The `groups` most used experts, each followed by the others that are most similar to it.
 
+    >>> import torch
     >>> similarity = torch.tensor([[1.0, 0.2, 0.9], [0.2, 1.0, 0.1], [0.9, 0.1, 1.0]])
     >>> around_dominant(similarity, torch.tensor([5, 3, 1]), 2)
     [[0, 2], [1]]
@@ -78,33 +78,3 @@ def around_dominant(similarity_EE: Tensor, used_E: Tensor, groups: int) -> list[
             nearest = int(similarity_EE[expert, dominant].argmax())
             members[dominant[nearest]].append(expert)
     return [members[d] for d in dominant]
-
-
-def align(experts: ExpertTensors, first: int, other: int) -> Tensor:
-    """[F]: which neuron of `other` should stand in each place so that it is most like `first`.
-
-    The best of all orders for the sum of inner products of the neurons' weights, by the Hungarian algorithm.
-
-    >>> up = torch.randn(1, 3, 4)
-    >>> two = ExpertTensors(torch.cat((up, up[:, [2, 0, 1]])), torch.zeros(2, 4, 3))
-    >>> align(two, 0, 1).tolist()
-    [1, 2, 0]
-    """
-    matrices = [experts.up, experts.down.transpose(1, 2)]
-    matrices += [experts.gate] if experts.gate is not None else []
-    similarity_FF = sum(m[first].float() @ m[other].float().T for m in matrices)
-    assert isinstance(similarity_FF, Tensor)
-    return torch.from_numpy(linear_sum_assignment(similarity_FF.cpu().numpy(), maximize=True)[1])
-
-
-def reordered(experts: ExpertTensors, order_F: Tensor) -> ExpertTensors:
-    """The same experts with their neurons in another order, which compute the same."""
-    order_F = order_F.to(experts.up.device)
-    rows = {"up": 1, "gate": 1, "down": 2, "up_bias": 1, "gate_bias": 1}
-    return ExpertTensors(
-        **{
-            name: tensor.index_select(rows[name], order_F) if name in rows else tensor
-            for name, tensor in vars(experts).items()
-            if tensor is not None
-        }
-    )

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from coterie.hf import MoEBlock, outline
-from coterie.hf.layout import FIELDS
-from coterie.hf.save import MANIFEST, PACKED, check_output
+from coterie.hf import MoEBlock, check_files
+from coterie.hf.load import model_class
+from coterie.hf.save import MANIFEST, PACKED, check_output, manifest
 from coterie.shrink.experts import TENSORS, QuantizedExperts
 from coterie.shrink.packed_blocks import PackedExperts, set_bank
 
@@ -30,7 +30,7 @@ def save_packed(model: PreTrainedModel, blocks: Sequence[MoEBlock], folder: Path
     Raises ValueError, before anything is written, if the folder is taken or no block is packed.
     """
     folder = Path(folder)
-    check_output(folder, str(model.name_or_path))
+    check_output(folder, model.name_or_path or "")
     layouts = {
         name: {"bits": module.packed.bits, **module.packed.layout()}
         for name, module in model.named_modules()
@@ -38,12 +38,11 @@ def save_packed(model: PreTrainedModel, blocks: Sequence[MoEBlock], folder: Path
     }
     if not layouts:
         raise ValueError(f"no block of {type(model).__name__} is packed; coterie.hf.save writes it")
-    numbers = {b.name: {what: getattr(b.layout, what) for what in FIELDS} for b in blocks}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         whole = Path(temporary) / folder.name
         model.save_pretrained(whole)
-        (whole / MANIFEST).write_text(json.dumps({"version": 1, "blocks": numbers}, indent=1) + "\n")
+        (whole / MANIFEST).write_text(manifest(blocks))
         (whole / PACKED).write_text(json.dumps({"version": 1, "banks": layouts}) + "\n")
         whole.replace(folder)
 
@@ -60,11 +59,11 @@ def load_packed(folder: Path | str, **options: Any) -> PreTrainedModel:
     Raises ValueError if the folder has no packed experts, or a file or tensor is missing or damaged.
     """
     folder = Path(folder)
-    manifest = folder / PACKED
-    if not manifest.is_file():
+    check_files(folder)
+    if not (folder / PACKED).is_file():
         raise ValueError(f"{folder} has no {PACKED}: its experts are not packed; coterie.hf.load loads it")
-    layouts = read_layouts(manifest)
-    base: Any = type(outline(folder))
+    layouts = read_layouts(folder / PACKED)
+    base = model_class(folder)  # builds blocks of the sizes in coterie.json
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
@@ -79,19 +78,19 @@ def load_packed(folder: Path | str, **options: Any) -> PreTrainedModel:
     missing = sorted(found["missing_keys"])
     if missing:  # transformers would leave them at what they were built with
         raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
-    model.__class__ = base.__base__  # of base, which builds blocks of these sizes, the class in transformers
+    model.__class__ = base.__base__  # the class in transformers
     _check_dtypes(model)
     return model
 
 
-def read_layouts(manifest: Path) -> dict[str, dict[str, Any]]:
+def read_layouts(file: Path) -> dict[str, dict[str, Any]]:
     """Name of a bank in the model → its layout; ValueError if the file is damaged or of another version."""
     try:
-        content = json.loads(manifest.read_text())
+        content = json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{manifest} is damaged: {error}") from None
+        raise ValueError(f"{file} is damaged: {error}") from None
     if content.get("version") != 1:
-        raise ValueError(f"{manifest} has version {content.get('version')}; this coterie reads version 1")
+        raise ValueError(f"{file} has version {content.get('version')}; this coterie reads version 1")
     layouts: dict[str, dict[str, Any]] = content["banks"]
     return layouts
 

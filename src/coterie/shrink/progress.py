@@ -44,7 +44,12 @@ def showing(total: int, show: bool | None = None) -> Iterator[Show]:
     """
     console = Console(stderr=True)
     if show or (show is None and console.is_terminal):
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console) as bar:
             bar.add_task("", total=total)
             yield Show(total, bar, lines=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coterie.hf import BlockRecord, MoEBlock
 from coterie.hf.blocks import Snapshot
@@ -137,7 +137,7 @@ def least_output_error(block: MoEBlock, inputs_TD: Tensor, keep: int, *, limit: 
 
     Returns: ids, rising, of the smallest Σ ‖output - output without the others‖².
 
-    Raises ValueError if there are no inputs, or more choices than `limit`.
+    Raises ValueError if there are no inputs, more choices than `limit`, or the block cannot be run alone.
 
     Source: Lu et al. 2024 (arXiv 2402.14800), equation 2.
     """
@@ -151,6 +151,11 @@ def least_output_error(block: MoEBlock, inputs_TD: Tensor, keep: int, *, limit: 
         )
     if not len(inputs_TD):
         raise ValueError(f"{block.name}: no inputs were recorded; use recording(blocks, keep_inputs=1024)")
+    if isinstance(block.layer, nn.ModuleList) or inputs_TD.shape[1] != block.config.hidden_size:
+        raise ValueError(
+            f"{block.name}: this family's router and experts cannot be run alone on what the experts read; "
+            "use a method with a score, such as gating-norm"
+        )
     inside = [range(g * size, (g + 1) * size) for g in range(groups)]
     per_group = [list(itertools.combinations(ids, keep // groups)) for ids in inside]
     full_TD, best, least = _output(block, inputs_TD), [], math.inf
@@ -173,7 +178,7 @@ def _output(block: MoEBlock, inputs_TD: Tensor) -> Tensor:
 
 
 def _silence(block: MoEBlock, ids: Sequence[int], count: Silenced) -> Any:
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = {**dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)), **kwargs}
         experts_TK = given["top_k_index"]
         serves_E = torch.zeros(block.num_experts + 1, dtype=torch.bool, device=experts_TK.device)
@@ -182,7 +187,9 @@ def _silence(block: MoEBlock, ids: Sequence[int], count: Silenced) -> Any:
         serves_TK = serves_E[experts_TK.masked_fill(outside, block.num_experts).long()]
         count.tokens += len(experts_TK)
         count.unserved += int((~serves_TK).all(1).sum())
-        given["top_k_weights"] = given["top_k_weights"].masked_fill(~serves_TK, 0)
-        return (), given
+        weights_TK = given["top_k_weights"].masked_fill(~serves_TK, 0)
+        if len(args) > 2:
+            return (*args[:2], weights_TK, *args[3:]), kwargs
+        return args, {**kwargs, "top_k_weights": weights_TK}
 
     return hook

@@ -1,12 +1,13 @@
 """What may happen after every optimizer step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from coterie.nn import TopK, balance
+from coterie.nn import LearnedPermutation, TopK, balance
 
 
 @dataclass
@@ -40,6 +41,27 @@ class Callback(Protocol):
     def on_step(self, run: Run) -> None: ...
 
 
+class Every:
+    """Calls something with the model and the step after every n-th step, such as `StabilityTracker.update`.
+
+    Args:
+        steps: n.
+        call: takes the model and the number of steps done.
+
+    Raises:
+        ValueError: steps below 1.
+    """
+
+    def __init__(self, steps: int, call: Callable[[nn.Module, int], None]) -> None:
+        if steps < 1:
+            raise ValueError(f"steps={steps}; should be at least 1")
+        self.steps, self.call = steps, call
+
+    def on_step(self, run: Run) -> None:
+        if run.step % self.steps == 0:
+            self.call(run.model, run.step)
+
+
 class LossFreeBias:
     """Loss-free balancing: after each step, moves the selection biases towards balanced load.
 
@@ -66,3 +88,33 @@ class LossFreeBias:
             )
         for bias_E, load_E in zip(biases, run.loads, strict=True):
             balance.loss_free_update(bias_E, load_E, self.rate)
+
+
+class PermutationSearch:
+    """Permutation-based local search: sharpens every `LearnedPermutation` of a model, then ends the search.
+
+    Over the first `steps` steps the permutations go through their temperatures; after the last of these they
+    are rounded and learn no more. Evaluation uses the rounded permutation throughout.
+
+    Args:
+        steps: of the search; a tenth of the run, or less, in the paper.
+
+    Raises:
+        ValueError: steps < 1; or, on the first step, a model without `LearnedPermutation`.
+
+    Source: Ibrahim et al. 2023 (COMET), section 4.
+    """
+
+    def __init__(self, steps: int) -> None:
+        if steps < 1:
+            raise ValueError(f"steps={steps}; a search takes at least 1")
+        self.steps = steps
+
+    def on_step(self, run: Run) -> None:
+        permutations = [m for m in run.model.modules() if isinstance(m, LearnedPermutation)]
+        if not permutations:
+            raise ValueError("PermutationSearch found no LearnedPermutation; wrap routers in PermuteLabels")
+        for permutation in permutations:
+            permutation.progress.fill_(min(run.step / self.steps, 1))
+            if run.step >= self.steps:
+                permutation.harden()

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from coterie import cli
 from coterie.hf import find_moe_blocks, load, save
+from coterie.shrink import calibrate, load_mask, prune
 from coterie.shrink import checkpoint as shrinking
-from coterie.shrink import load_mask, prune
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -66,7 +66,59 @@ def test_merge_writes_what_plain_transformers_loads(coterie, checkpoint, texts, 
     assert not (out / "kept_experts.json").exists()
 
 
-@pytest.mark.parametrize("command", [["prune", "--keep", 4], ["merge", "--groups", 4]])
+def test_dern_recombines_and_writes_what_plain_transformers_loads(coterie, checkpoint, texts, tmp_path):
+    out, arguments = tmp_path / "out", ["--method", "dern", "--groups", 4, "--calib", texts[0], "--json"]
+    status, printed, err = coterie("merge", checkpoint, *arguments, "--threshold", 0.2, "--out", out)
+    assert status == 0, err
+    experts = json.loads(printed)["experts"]
+    pruned = shrinking.prune_checkpoint(
+        checkpoint, None, keep=4, method="gating", calib=texts[:1], dry_run=True, progress=False
+    )
+    kept = {name: [[members[0]] for members in groups] for name, groups in experts.items()}
+    assert kept == pruned.experts
+    assert any(len(members) > 1 for groups in experts.values() for members in groups)
+    model, whole = AutoModelForCausalLM.from_pretrained(out), load(checkpoint)
+    for block, old in zip(find_moe_blocks(model), find_moe_blocks(whole), strict=True):
+        ids = [members[0] for members in experts[block.name]]
+        assert torch.equal(block.router.rows, old.router.rows[ids])
+        for members, up, old_up in zip(
+            experts[block.name], block.experts.up, old.experts.up[ids], strict=True
+        ):
+            assert torch.equal(up, old_up) == (len(members) == 1)
+    assert not (out / "kept_experts.json").exists(), "a mask cannot say what moved"
+
+
+def test_dern_that_moves_nothing_is_pruning(coterie, checkpoint, texts, tmp_path):
+    merged, pruned = tmp_path / "merged", tmp_path / "pruned"
+    coterie("merge", checkpoint, "--method", "dern", "--groups", 4, "--calib", texts[0], "--out", merged,
+            "--threshold", 1)  # fmt: skip
+    coterie("prune", checkpoint, "--method", "gating", "--keep", 4, "--calib", texts[0], "--out", pruned)
+    for name in ("model.safetensors", "config.json", "kept_experts.json"):
+        assert (merged / name).read_bytes() == (pruned / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--threshold": 2}, "threshold=2.0; it is a cosine, use -1 ≤ threshold ≤ 1"),
+        ({"--groups": 1}, "sends each token to 2; use 2 ≤ keep ≤ 8"),
+        ({"--method": "dearn"}, "no method 'dearn'; use one of m-smoe, dern"),
+    ],
+)
+def test_a_merge_that_cannot_be_is_refused_before_the_model_runs(
+    coterie, checkpoint, texts, tmp_path, changes, message
+):
+    options = {"--calib": texts[0], "--groups": 4, "--method": "dern", "--out": tmp_path / "out"} | changes
+    status, printed, err = coterie("merge", checkpoint, *(x for pair in options.items() for x in pair))
+    assert (status, printed) == (2, "")
+    assert message in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["prose.txt", "sums.jsonl"]
+
+
+DERN = ["merge", "--groups", 4, "--method", "dern", "--threshold", 0.2]
+
+
+@pytest.mark.parametrize("command", [["prune", "--keep", 4], ["merge", "--groups", 4], DERN])
 def test_a_dry_run_tells_what_the_real_one_does_and_writes_nothing(
     coterie, checkpoint, texts, tmp_path, command
 ):
@@ -102,9 +154,9 @@ def test_an_interrupted_run_goes_on_with_the_calibration_that_was_done(
     coterie, checkpoint, texts, tmp_path, monkeypatch
 ):
     arguments = ["prune", checkpoint, "--calib", texts[0], "--keep", 4, "--json"]
-    unbroken = json.loads(coterie(*arguments, "--out", tmp_path / "a")[1])
-    steps = []
-    step = shrinking.Show.step
+    ran, steps, recording, step = [], [], calibrate.recording, shrinking.Show.step
+    monkeypatch.setattr(calibrate, "recording", lambda *a, **k: ran.append(0) or recording(*a, **k))
+    unbroken, batches = json.loads(coterie(*arguments, "--out", tmp_path / "a")[1]), len(ran)
 
     def interrupt(show, text):
         steps.append(text)
@@ -113,19 +165,16 @@ def test_an_interrupted_run_goes_on_with_the_calibration_that_was_done(
         step(show, text)
 
     monkeypatch.setattr(shrinking.Show, "step", interrupt)
-    out = tmp_path / "b"
-    status, printed, err = coterie(*arguments, "--out", out)
+    status, printed, err = coterie(*arguments, "--out", tmp_path / "b")
     assert (status, printed) == (130, "")
     assert "interrupted; the same command goes on" in err
-    assert not out.exists()
-    kept = list((tmp_path / "b.calibration").rglob("*.safetensors"))
-    assert len(kept) == 3
-    written = [file.stat().st_mtime_ns for file in kept]
+    assert not (tmp_path / "b").exists()
     monkeypatch.setattr(shrinking.Show, "step", step)
-    monkeypatch.setattr(shrinking.shutil, "rmtree", lambda *_, **__: None)
-    resumed = json.loads(coterie(*arguments, "--out", out)[1])
-    assert [file.stat().st_mtime_ns for file in kept] == written
+    ran.clear()
+    resumed = json.loads(coterie(*arguments, "--out", tmp_path / "b")[1])
+    assert len(ran) == batches - 3, "what was done is not done again"
     assert resumed["experts"] == unbroken["experts"]
+    assert not (tmp_path / "b.calibration").exists()
 
 
 def test_layers_that_differ_are_kept_in_coteries_own_format(checkpoint, texts, tmp_path):

@@ -1,0 +1,175 @@
+"""Streamed, one layer in memory at a time, a checkpoint's records are those of the whole model."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from families import families, tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from coterie.hf import Checkpoint, find_moe_blocks, load, recording, save, stream_records
+
+FAMILIES = [
+    ("mixtral", "MixtralExperts"),
+    ("qwen3_moe", "Qwen3MoeExperts"),
+    ("deepseek_v3", "DeepseekV3Experts"),
+    ("olmoe", "OlmoeExperts"),
+    ("gpt_oss", "GptOssExperts"),
+    ("qwen2_moe", "Qwen2MoeExperts"),
+    ("phimoe", "PhimoeExperts"),
+]
+GENERATOR = torch.Generator().manual_seed(0)
+EIGHT = dict.fromkeys(("num_experts", "num_local_experts"), 8)
+BATCHES = [torch.randint(3, 128, shape, generator=GENERATOR) for shape in ((2, 9), (1, 12))]
+# What docs/checkpoints.md says of families that are no plain stack of layers with one residual stream.
+REFUSED = {
+    "deepseek_v4",
+    "glm5_next",
+    "glm_moe_dsa",
+    "hy_v4",
+    "hy_v4_vl",
+    "mistral_large4",
+    "qwen4_exp",
+    "zaya",
+}
+# `recording` cannot record their blocks in memory either, or they cannot be made this small or run on ids.
+UNTESTED = {"ernie4_5_vl_moe", "inkling2", "inkling2_loop", "muse_spark", "qwen3_omni_moe"}
+PARTS = ("weights", "norms", "moved", "inputs")
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model("qwen3_moe", "Qwen3MoeExperts", **EIGHT).save_pretrained(tmp_path, max_shard_size="80KB")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("family", "experts"), FAMILIES)
+def test_streamed_records_are_those_of_the_whole_model(family, experts, tmp_path):
+    # a sliding window shorter than the text, where there is one: layers then have masks of their own
+    tiny_model(family, experts, sliding_window=4).save_pretrained(tmp_path, max_shard_size="80KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert_streams(tmp_path, keep_inputs=15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "experts"), [pair for pair in families() if pair[0] not in UNTESTED])
+def test_every_family_is_streamed_or_refused(family, experts, tmp_path):
+    tiny_model(family, experts).save_pretrained(tmp_path, max_shard_size="80KB")
+    if family in REFUSED:
+        refused(tmp_path, "load the whole model instead|cannot be recorded")
+    else:
+        assert_streams(tmp_path)
+
+
+def test_layers_without_experts_are_passed_through(tmp_path):
+    model = tiny_model("deepseek_v3", "DeepseekV3Experts", num_hidden_layers=4, first_k_dense_replace=2)
+    model.save_pretrained(tmp_path)
+    assert_streams(tmp_path)
+    assert [block.name for block, _ in stream_records(tmp_path, BATCHES)] == [
+        "model.layers.2.mlp",
+        "model.layers.3.mlp",
+    ]
+
+
+def test_the_dtype_of_the_checkpoint_is_the_dtype_of_the_run(tmp_path):
+    tiny_model("qwen3_moe", "Qwen3MoeExperts").bfloat16().save_pretrained(tmp_path)
+    assert_streams(tmp_path)
+    assert Checkpoint(tmp_path).model.dtype == torch.bfloat16
+
+
+def test_layers_of_different_sizes_are_streamed_as_well(folder, tmp_path):
+    model = load(folder)
+    first, second = find_moe_blocks(model)
+    first.keep([0, 2, 5])
+    second.set_top_k(1)
+    save(model, tmp_path / "uneven", format="coterie")
+    assert_streams(tmp_path / "uneven")
+
+
+def test_an_edit_of_a_streamed_block_does_not_change_what_the_layers_above_record(folder):
+    untouched = [record for _, record in stream_records(folder, BATCHES)]
+    edited = []
+    for block, record in stream_records(folder, BATCHES):
+        edited.append(record)
+        block.keep([1, 3, 6])
+        assert block.experts.up.shape[0] == 3
+    assert_equal(edited, untouched)
+
+
+def test_only_the_layer_at_hand_is_in_memory(folder):
+    checkpoint = Checkpoint(folder)
+    loaded = []
+    for _ in stream_records(checkpoint, BATCHES):
+        state = checkpoint.model.state_dict()
+        loaded.append({".".join(name.split(".")[:3]) for name, tensor in state.items() if not tensor.is_meta})
+    assert loaded == [{"model.layers.0"}, {"model.layers.1"}]
+    assert all(tensor.is_meta for tensor in checkpoint.model.state_dict().values())
+
+
+def test_a_decoder_that_is_no_plain_stack_is_refused(folder, monkeypatch):
+    from transformers.models.qwen3_moe import modeling_qwen3_moe as modeling
+
+    forward = modeling.Qwen3MoeDecoderLayer.forward
+    monkeypatch.setattr(
+        modeling.Qwen3MoeDecoderLayer, "forward", lambda *args, **kwargs: (forward(*args, **kwargs), None)
+    )
+    with pytest.raises(ValueError, match=r"layers\.0 returns a tuple instead of hidden states"):
+        next(stream_records(folder, BATCHES))
+
+
+def test_what_is_missing_is_named_in_one_line(folder):
+    with pytest.raises(ValueError, match="there are no batches"):
+        next(stream_records(folder, []))
+    config = json.loads((folder / "config.json").read_text())
+    more = config | {"num_hidden_layers": 3, "layer_types": None}
+    (folder / "config.json").write_text(json.dumps(more))
+    refused(folder, r"lacks model\.layers\.2\.\S+, which config\.json asks for")
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
+    refused(folder, r"embed_tokens\.weight has shape \[128, 64\], config\.json asks \[128, 32\]")
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}})
+    )
+    refused(folder, "is quantised")
+
+
+def test_a_dense_model_is_refused(tmp_path):
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    refused(tmp_path, "LlamaForCausalLM has no MoE block")
+
+
+def test_a_shard_that_vanishes_or_is_cut_short_is_named(folder):
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shutil.copy(shard, folder / "whole")
+    shard.write_bytes(shard.read_bytes()[:-8])
+    refused(folder, f"{shard.name} is damaged")
+    shard.unlink()
+    refused(folder, f"{shard.name} is missing")
+
+
+def refused(folder, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        list(stream_records(folder, BATCHES))
+    assert "\n" not in str(caught.value)
+
+
+def assert_streams(folder, **options):
+    model = load(folder)
+    with recording(find_moe_blocks(model), **options) as whole, torch.no_grad():
+        for ids_BS in BATCHES:
+            model(input_ids=ids_BS)
+    assert_equal([record for _, record in stream_records(folder, BATCHES, **options)], whole)
+
+
+def assert_equal(streamed, whole):
+    assert [record.name for record in streamed] == [record.name for record in whole]
+    for one, other in zip(streamed, whole, strict=True):
+        assert one.num_experts == other.num_experts
+        assert torch.equal(one.experts, other.experts)
+        for part in PARTS:  # weights lie elsewhere in memory: sums may be taken in another order
+            torch.testing.assert_close(getattr(one, part), getattr(other, part), rtol=1e-5, atol=1e-6)
