@@ -37,7 +37,6 @@ from coterie.reproduce.claims import Numbers
 from coterie.reproduce.domain_lm import CONFIG, domain_lm, domain_loss
 from coterie.shrink import (
     ExpertStatistics,
-    Mask,
     PrefixMask,
     allocate_bits,
     block_inputs,
@@ -50,6 +49,7 @@ from coterie.shrink import (
     train_top_any,
     weight_ratio,
 )
+from coterie.shrink.top_any import Mask
 
 CARD = Card(
     slug="mc-sharp",
@@ -254,7 +254,7 @@ def _pruned(seed: int, budget: Budget) -> dict[str, dict[str, float]]:
     _, steps, mask_steps = STEPS[budget]
     model = domain_lm(seed, steps, replace(CONFIG, top_k=4, expert_hidden=48))
     tested = domain_markov(8 if budget == "smoke" else 256, seed=10_000 * seed + 300)
-    texts = domain_markov(32 * mask_steps, seed=10_000 * seed + 400)[:, :-1].split(32)
+    texts = torch.split(domain_markov(32 * mask_steps, seed=10_000 * seed + 400)[:, :-1], 32)
     blocks = find_moe_blocks(model)
     with recording(blocks) as records, torch.no_grad():
         model(torch.cat(texts[:2]))

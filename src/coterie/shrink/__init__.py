@@ -27,7 +27,6 @@ from coterie.shrink.quantize_block import quantize_block
 from coterie.shrink.routed import RoutedTokens, block_inputs, routed_tokens
 from coterie.shrink.top_any import (
     Kept,
-    Mask,
     PrefixMask,
     random_mask,
     ratio_threshold,
@@ -42,7 +41,6 @@ __all__ = [
     "ExpertStatistics",
     "HessianMean",
     "Kept",
-    "Mask",
     "PackedExperts",
     "PackedWeight",
     "PrefixMask",

@@ -185,7 +185,7 @@ def train_top_any(
 
     def remembering(mask: PrefixMask) -> Mask:
         def remembered(x_TD: Tensor, weights_TK: Tensor) -> Tensor:
-            mask_TK = mask(x_TD, weights_TK)
+            mask_TK: Tensor = mask(x_TD, weights_TK)
             shares.append(mask_TK.mean())
             return mask_TK
 
