@@ -13,8 +13,8 @@ with 4 experts in 1 bit, 8 in 2 and 4 in 3, or with 10, 4 and 2; *uniform* gives
 
 *top-any*: the same with experts of width 48, top-4, trained for 700 steps. One mask router per layer learns
 for 150 steps how many of the four to keep, with the unpruned model as its teacher. The others keep as many
-slots. *weight-ratio* is the rule of the predecessor, with its threshold set to do so, and without its
-protection of tokens that get much attention.
+slots, *protected* a few more: *weight-ratio* is the rule of the predecessor, with its threshold set to do so,
+and *protected* the same with all experts for the 2% of tokens that get most attention.
 
 The paper compresses Mixtral and DeepSeek-VL2 and measures accuracy on benchmarks.
 """
@@ -39,9 +39,11 @@ from coterie.shrink import (
     ExpertStatistics,
     PrefixMask,
     allocate_bits,
+    attention_received,
     block_inputs,
     expert_statistics,
     pack_block,
+    protected,
     quantize_block,
     random_mask,
     ratio_threshold,
@@ -69,6 +71,7 @@ STEPS = {"smoke": (5, 5, 3), "standard": (1200, 700, 150), "full": (2400, 1400, 
 GROUP = 32
 SEARCH = {"factors": torch.linspace(0.9, 1.1, 11).tolist(), "norm": 2.4}
 SPARSITY = (0.05, 0.2)
+PRUNERS = ("learned", "random-first-stays", "random", "weight-ratio", "protected")
 ALLOCATIONS = ("mc-sharp", "random", "uniform", "error-only")
 
 # counts, sums of router weights and errors in 1, 2, 3 bits of Mixtral-8x7B's eight experts; bits by budget
@@ -137,10 +140,7 @@ ARMS = {
     "published/program": published,
     **{f"two-bits/{m}": partial(bits, method=m, average=2.0) for m in ALLOCATIONS},
     **{f"three-halves/{m}": partial(bits, method=m, average=1.5) for m in ALLOCATIONS},
-    **{
-        f"top-any/{m}": partial(pruning, method=m)
-        for m in ("learned", "random-first-stays", "random", "weight-ratio")
-    },
+    **{f"top-any/{m}": partial(pruning, method=m) for m in PRUNERS},
 }
 
 
@@ -255,13 +255,13 @@ def _pruned(seed: int, budget: Budget) -> dict[str, dict[str, float]]:
     model = domain_lm(seed, steps, replace(CONFIG, top_k=4, expert_hidden=48))
     tested = domain_markov(8 if budget == "smoke" else 256, seed=10_000 * seed + 300)
     texts = torch.split(domain_markov(32 * mask_steps, seed=10_000 * seed + 400)[:, :-1], 32)
+    model.set_attn_implementation("eager")  # which gives attention weights
     blocks = find_moe_blocks(model)
     with recording(blocks) as records, torch.no_grad():
         model(torch.cat(texts[:2]))
     weights = [record.weights for record in records]
     full = domain_loss(model, tested)
-    methods = ("learned", "random-first-stays", "random", "weight-ratio")
-    numbers: dict[str, dict[str, float]] = {method: {"loss, all": full} for method in methods}
+    numbers: dict[str, dict[str, float]] = {method: {"loss, all": full} for method in PRUNERS}
 
     def measure(method: str, sparsity: float, masks: Sequence[Mask]) -> float:
         with top_any([b.bank for b in blocks], masks, renormalize=True) as kept:
@@ -275,7 +275,11 @@ def _pruned(seed: int, budget: Budget) -> dict[str, dict[str, float]]:
         draw = torch.Generator().manual_seed(seed)
         for method, first in (("random-first-stays", True), ("random", False)):
             measure(method, sparsity, [random_mask(ratio, draw, keep_first=first)] * len(blocks))
-        measure("weight-ratio", sparsity, [weight_ratio(ratio_threshold(w, ratio)) for w in weights])
+        rules = [weight_ratio(ratio_threshold(w, ratio)) for w in weights]
+        measure("weight-ratio", sparsity, rules)
+        with attention_received([block.layer for block in blocks]) as received:
+            masks = [protected(rule, one) for rule, one in zip(rules, received, strict=True)]
+            measure("protected", sparsity, masks)
     return numbers
 
 

@@ -12,6 +12,7 @@ from coterie.shrink.measure import Sizes, bytes_on_disk, interleaved_speed, perp
 from coterie.shrink.merge import m_smoe
 from coterie.shrink.packed_blocks import PackedExperts, pack_block
 from coterie.shrink.packed_checkpoint import load_packed, save_packed
+from coterie.shrink.protect import Attention, attention_received, protected
 from coterie.shrink.prune import (
     METHODS,
     Silenced,
@@ -38,6 +39,7 @@ from coterie.shrink.top_any import (
 __all__ = [
     "IMPORTANCE",
     "METHODS",
+    "Attention",
     "ExpertStatistics",
     "HessianMean",
     "Kept",
@@ -50,6 +52,7 @@ __all__ = [
     "Silenced",
     "Sizes",
     "allocate_bits",
+    "attention_received",
     "awq",
     "block_inputs",
     "bytes_on_disk",
@@ -71,6 +74,7 @@ __all__ = [
     "overlap",
     "pack_block",
     "perplexity",
+    "protected",
     "prune",
     "pruned",
     "quantize_block",

@@ -68,8 +68,8 @@ class PrefixMask(nn.Module):
 def weight_ratio(threshold: float) -> Mask:
     """The rule of MC: a slot stays if its weight is at least `threshold` times the token's largest.
 
-    Source: Huang et al. 2024 (MC), section 3.3, there for the second of two experts; without its protection
-    of tokens that get much attention.
+    Source: Huang et al. 2024 (MC), section 3.3, there for the second of two experts; `protected` adds its
+    protection of tokens that get much attention.
 
     >>> weight_ratio(0.5)(torch.empty(1, 8), torch.tensor([[0.5, 0.3, 0.2]])).tolist()
     [[1.0, 1.0, 0.0]]
