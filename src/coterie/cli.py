@@ -410,6 +410,56 @@ def merge(
     )
 
 
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Folder of a checkpoint, with its tokenizer.")],
+    calib: _Calib,
+    bits: Annotated[
+        float, typer.Option(help="Per expert, on average for mc-sharp (2.05); else 1, 2, 3, 4 or 8.")
+    ],
+    method: Annotated[
+        str,
+        typer.Option(help="mc-sharp: 1, 2 or 3 bits, whatever each expert needs. gptq, rtn: all the same."),
+    ] = "mc-sharp",
+    out: _Out = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print which bits would be chosen; write nothing.")
+    ] = False,
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1 for whole rows.")] = 128,
+    tokens: _Tokens = 65536,
+    seq_len: _SeqLen = 512,
+    json: _Json = False,
+) -> None:
+    """Store the experts in few bits, each in what it needs; compare bytes and perplexity before and after.
+
+    The new folder is read by coterie.shrink.load_packed. Interrupted, nothing is written.
+    """
+    from coterie.report.quantized import print_quantized
+    from coterie.shrink.quantize_checkpoint import quantize_checkpoint
+
+    try:
+        quantized = quantize_checkpoint(
+            model,
+            out,
+            bits=bits,
+            calib=calib,
+            method=method,
+            group_size=group_size,
+            dry_run=dry_run,
+            max_tokens=tokens,
+            seq_len=seq_len,
+        )
+    except KeyboardInterrupt:
+        typer.echo("coterie: interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from None
+    if json:
+        import json as json_format
+
+        typer.echo(json_format.dumps(quantized.to_dict(), ensure_ascii=False, indent=1))
+    else:
+        print_quantized(quantized)
+
+
 def _shrink(run: Callable[[], "Shrunk"], report: bool, json: bool) -> None:
     from coterie.report.shrunk import print_shrunk, write_shrunk_page
 

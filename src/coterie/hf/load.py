@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 
 from coterie.hf.blocks import find_moe_blocks
-from coterie.hf.save import MANIFEST
+from coterie.hf.save import MANIFEST, PACKED
 
 INDEX = "model.safetensors.index.json"
 
@@ -24,10 +24,13 @@ def load(folder: Path | str, **options: Any) -> PreTrainedModel:
 
     Returns the model, in evaluation mode, of the class that config.json names.
 
-    Raises ValueError if a file is missing or damaged, or the class is not one of transformers.
+    Raises ValueError if a file is missing or damaged, the class is not one of transformers, or the experts
+    are packed.
     """
     folder = Path(folder)
     check_files(folder)
+    if (folder / PACKED).exists():
+        raise ValueError(f"the experts in {folder} are packed; coterie.shrink.load_packed loads it")
     built = model_class(folder)
     model: PreTrainedModel
     model, found = built.from_pretrained(folder, output_loading_info=True, **options)

@@ -13,6 +13,7 @@ from coterie.hf.layout import FIELDS
 
 Format = Literal["transformers", "coterie"]
 MANIFEST = "coterie.json"
+PACKED = "coterie-packed.json"  # beside it where experts are packed: `coterie.shrink.load_packed` reads both
 
 
 def save(model: PreTrainedModel, folder: Path | str, format: Format = "transformers") -> None:

@@ -29,7 +29,7 @@ CONFIG = DecoderConfig(
 )
 
 
-def domain_lm(seed: int, steps: int = 1200) -> PreTrainedModel:
+def domain_lm(seed: int, steps: int = 1200, config: DecoderConfig = CONFIG) -> PreTrainedModel:
     """A Qwen3-MoE of 2 layers and 16 experts, top-2, trained on `domain_markov`; about 20 seconds of a core.
 
     A process trains a model once; each call returns a copy that can be edited.
@@ -37,14 +37,15 @@ def domain_lm(seed: int, steps: int = 1200) -> PreTrainedModel:
     Args:
         seed: of weights and text.
         steps: of 32 sequences.
+        config: for other sizes.
     """
-    return copy.deepcopy(_trained(seed, steps))
+    return copy.deepcopy(_trained(seed, steps, config))
 
 
 @lru_cache(maxsize=4)
-def _trained(seed: int, steps: int) -> PreTrainedModel:
+def _trained(seed: int, steps: int, config: DecoderConfig) -> PreTrainedModel:
     torch.manual_seed(seed)
-    model = Decoder(CONFIG)
+    model = Decoder(config)
     text = domain_markov(32 * steps, seed=1000 + seed)
     options = {"batch_size": 32, "lr": 4e-3, "warmup_steps": min(50, steps), "weight_decay": 0.01}
     train(model, text, loss=domain_lm_loss(), steps=steps, seed=seed, **options)  # type: ignore[arg-type]

@@ -5,9 +5,14 @@ from coterie.shrink.dern import Recombined, dern
 from coterie.shrink.experts import QuantizedExperts
 from coterie.shrink.gptq import HessianMean, gptq
 from coterie.shrink.importance import IMPORTANCE, gating, importance, kept_experts, mixed, overlap
+from coterie.shrink.knapsack import cheapest_choices
 from coterie.shrink.mask import load_mask, save_mask
+from coterie.shrink.mc_sharp import ExpertStatistics, allocate_bits, expert_statistics
 from coterie.shrink.measure import Sizes, bytes_on_disk, interleaved_speed, perplexity, sizes
 from coterie.shrink.merge import m_smoe
+from coterie.shrink.packed_blocks import PackedExperts, pack_block
+from coterie.shrink.packed_checkpoint import load_packed, save_packed
+from coterie.shrink.protect import Attention, attention_received, protected
 from coterie.shrink.prune import (
     METHODS,
     Silenced,
@@ -19,20 +24,42 @@ from coterie.shrink.prune import (
     restored,
 )
 from coterie.shrink.quantize import awq, rtn
+from coterie.shrink.quantize_block import quantize_block
+from coterie.shrink.routed import RoutedTokens, block_inputs, routed_tokens
+from coterie.shrink.top_any import (
+    Kept,
+    PrefixMask,
+    random_mask,
+    ratio_threshold,
+    top_any,
+    train_top_any,
+    weight_ratio,
+)
 
 __all__ = [
     "IMPORTANCE",
     "METHODS",
+    "Attention",
+    "ExpertStatistics",
     "HessianMean",
+    "Kept",
+    "PackedExperts",
     "PackedWeight",
+    "PrefixMask",
     "QuantizedExperts",
     "Recombined",
+    "RoutedTokens",
     "Silenced",
     "Sizes",
+    "allocate_bits",
+    "attention_received",
     "awq",
+    "block_inputs",
     "bytes_on_disk",
+    "cheapest_choices",
     "choose",
     "dern",
+    "expert_statistics",
     "gating",
     "gptq",
     "importance",
@@ -40,15 +67,26 @@ __all__ = [
     "kept_experts",
     "least_output_error",
     "load_mask",
+    "load_packed",
     "m_smoe",
     "mixed",
     "no_reroute",
     "overlap",
+    "pack_block",
     "perplexity",
+    "protected",
     "prune",
     "pruned",
+    "quantize_block",
+    "random_mask",
+    "ratio_threshold",
     "restored",
+    "routed_tokens",
     "rtn",
     "save_mask",
+    "save_packed",
     "sizes",
+    "top_any",
+    "train_top_any",
+    "weight_ratio",
 ]

@@ -165,7 +165,7 @@ class _Job:
     def run(self, edit: Edit, progress: bool | None) -> Shrunk:
         out = self._check_out()
         config = self._check_model()
-        tokenizer = _tokenizer(self.folder)
+        tokenizer = read_tokenizer(self.folder)
         domains, heldout = self._read(config, tokenizer)
         if self.stream:
             return self._run_streamed(out, edit, domains, progress)
@@ -346,7 +346,8 @@ def _measure(
         shrunk.before.speed, shrunk.after.speed = speeds
 
 
-def _tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer, or None if it has none."""
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     if not any((folder / name).is_file() for name in names):
         return None

@@ -1,0 +1,138 @@
+"""Packed experts inside a transformers model: `pack_block`, and what one expert computes.
+
+Letters: T tokens, K slots per token, E experts, D width, F hidden width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from coterie.hf import MoEBlock
+from coterie.hf.experts import fused_activation
+from coterie.kernels import PackedWeight, low_bit_mlp, sort_by_expert
+from coterie.kernels.activations import get_activation
+from coterie.kernels.packed import COLUMNS, ROWS, check_group_size
+from coterie.shrink.experts import QuantizedExperts
+
+
+class PackedExperts(nn.Module):
+    """A packed bank behind transformers' experts interface, for inference.
+
+    Args:
+        packed: the experts.
+
+    Returns (from forward, for hidden_states [T, D], top_k_index and top_k_weights [T, K]): [T, D]. An index
+    outside 0 … E-1 is a slot that is not computed.
+    """
+
+    def __init__(self, packed: QuantizedExperts) -> None:
+        super().__init__()
+        self.packed, self.num_experts = packed, packed.num_experts
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        outside_TK = (top_k_index < 0) | (top_k_index >= self.num_experts)
+        return low_bit_mlp(
+            hidden_states,
+            top_k_weights,
+            sort_by_expert(top_k_index.long().masked_fill(outside_TK, -1), self.num_experts),
+            self.packed.packed(),
+            self.packed.b_in,
+            self.packed.b_out,
+            activation=self.packed.activation,
+        )
+
+
+def pack_block(
+    model: PreTrainedModel, block: MoEBlock, w_in: list[PackedWeight], w_out: list[PackedWeight]
+) -> PackedExperts:
+    """Puts packed experts in the place of a block's, whose memory is then free.
+
+    Args:
+        model: which the block is of.
+        block: can no longer be edited afterwards.
+        w_in: for each expert [2, F, D] (gate, up), or [1, F, D] without a gate.
+        w_out: for each expert [D, F].
+    """
+    activation, experts = check_packable(block), block.experts
+    b_in = experts.up_bias
+    if experts.gate_bias is not None and b_in is not None:
+        b_in = torch.cat((experts.gate_bias, b_in), 1)
+    bank = QuantizedExperts(w_in, w_out, b_in=b_in, b_out=experts.down_bias, activation=activation)
+    packed = PackedExperts(bank).to(experts.down.device)
+    for place in (block, *block.also):
+        set_bank(model, bank_name(place), packed)
+    return packed
+
+
+def packed_nbytes(block: MoEBlock, bits: Sequence[int], group_size: int) -> int:
+    """Bytes that a block's experts will take when packed, asymmetric groups and padding included."""
+    tensors, total = block.experts, 0
+    matrices = [m for m in (tensors.gate, tensors.up, tensors.down) if m is not None]
+    for _, rows, columns in [tuple(m.shape) for m in matrices]:
+        blocks, units = -(-rows // ROWS), -(-columns // COLUMNS)
+        groups = -(-columns // check_group_size(group_size, columns))
+        for width in bits:
+            per_group = 2 if width == 1 else 3  # a bfloat16 scale; one bit has no int8 zero point
+            total += ROWS * blocks * (4 * units * width + groups * per_group)
+    biases = [b for b in (tensors.gate_bias, tensors.up_bias, tensors.down_bias) if b is not None]
+    return total + sum(b.nbytes for b in biases)
+
+
+def bank_name(block: MoEBlock) -> str:
+    """Name of a block's bank of experts in its model."""
+    return block.layout.experts["down"].rpartition(".")[0]
+
+
+def set_bank(model: nn.Module, name: str, bank: nn.Module) -> None:
+    """Puts a module in the place of the one of that name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, bank)
+
+
+def check_packable(block: MoEBlock) -> str:
+    """The activation of a block's experts; ValueError if the kernels do not compute what they compute."""
+    activation = fused_activation(block.bank)
+    if activation is None:
+        raise ValueError(
+            f"{block.name}: experts of {type(block.bank).__name__} are not act(gate · x) * (up · x) with a "
+            "known activation; they cannot be packed"
+        )
+    return activation
+
+
+def expert_matrices(block: MoEBlock, expert: int) -> tuple[Tensor, Tensor]:
+    """One expert's [2, F, D] (gate, up), or [1, F, D] without a gate, and [D, F]; float32, on the CPU."""
+    bank: Any = block.experts
+    first = [bank.up[expert]] if bank.gate is None else [bank.gate[expert], bank.up[expert]]
+    return torch.stack(first).float().cpu(), bank.down[expert].float().cpu()
+
+
+@torch.no_grad()
+def expert_hidden(block: MoEBlock, expert: int, x_nD: Tensor, w_in: Tensor) -> Tensor:
+    """[n, F] act(gate · x) * (up · x) of an expert with this [2 or 1, F, D] in place of its own, float32."""
+    bank: Any = block.experts
+    products = [x_nD @ w.T for w in w_in]
+    biases = [b[expert].float().cpu() for b in (bank.gate_bias, bank.up_bias) if b is not None]
+    if biases:
+        products = [p + b for p, b in zip(products, biases, strict=True)]
+    activated = get_activation(check_packable(block))(products[0])
+    return activated * products[1] if len(products) == 2 else activated
+
+
+@torch.no_grad()
+def expert_output(block: MoEBlock, expert: int, x_nD: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """[n, D] what an expert would give with these matrices in place of its own, float32.
+
+    Args:
+        block: whose activation and biases are used.
+        expert: its id.
+        x_nD: tokens, float32.
+        w_in: as of `expert_matrices`.
+        w_out: likewise.
+    """
+    y_nD = expert_hidden(block, expert, x_nD, w_in) @ w_out.T
+    bias: Any = block.experts.down_bias
+    return y_nD if bias is None else y_nD + bias[expert].float().cpu()

@@ -1,0 +1,104 @@
+"""A model with packed experts on disk: `save_packed` and `load_packed`."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from coterie.hf import MoEBlock, check_files
+from coterie.hf.load import model_class
+from coterie.hf.save import MANIFEST, PACKED, check_output, manifest
+from coterie.shrink.experts import TENSORS, QuantizedExperts
+from coterie.shrink.packed_blocks import PackedExperts, set_bank
+
+
+def save_packed(model: PreTrainedModel, blocks: Sequence[MoEBlock], folder: Path | str) -> None:
+    """Writes a model whose experts were packed to a new folder, which appears whole or not at all.
+
+    Packed tensors go into the safetensors files as they are; what they do not say goes into
+    `coterie-packed.json`, the blocks' numbers into `coterie.json`.
+
+    Args:
+        model: with packed blocks.
+        blocks: as they were found before they were packed.
+        folder: must not exist yet, or be empty; not the one that the model came from.
+
+    Raises ValueError, before anything is written, if the folder is taken or no block is packed.
+    """
+    folder = Path(folder)
+    check_output(folder, model.name_or_path or "")
+    layouts = {
+        name: {"bits": module.packed.bits, **module.packed.layout()}
+        for name, module in model.named_modules()
+        if isinstance(module, PackedExperts)
+    }
+    if not layouts:
+        raise ValueError(f"no block of {type(model).__name__} is packed; coterie.hf.save writes it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        whole = Path(temporary) / folder.name
+        model.save_pretrained(whole)
+        (whole / MANIFEST).write_text(manifest(blocks))
+        (whole / PACKED).write_text(json.dumps({"version": 1, "banks": layouts}) + "\n")
+        whole.replace(folder)
+
+
+def load_packed(folder: Path | str, **options: Any) -> PreTrainedModel:
+    """Loads what `save_packed` wrote; the experts stay packed.
+
+    Args:
+        folder: written by `save_packed` or `coterie quantize`.
+        options: those of `from_pretrained`, such as dtype.
+
+    Returns the model, in evaluation mode, of the class that config.json names.
+
+    Raises ValueError if the folder has no packed experts, or a file or tensor is missing or damaged.
+    """
+    folder = Path(folder)
+    check_files(folder)
+    if not (folder / PACKED).is_file():
+        raise ValueError(f"{folder} has no {PACKED}: its experts are not packed; coterie.hf.load loads it")
+    layouts = read_layouts(folder / PACKED)
+    base = model_class(folder)  # builds blocks of the sizes in coterie.json
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        with torch.device("cpu"):  # from_pretrained builds on "meta", where no kernel can look
+            for name, layout in layouts.items():
+                set_bank(self, name, PackedExperts(QuantizedExperts.from_layout(layout)))
+
+    # the same name and module: transformers finds a family's weight names by them
+    packed: Any = type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
+    model: PreTrainedModel
+    model, found = packed.from_pretrained(folder, output_loading_info=True, **options)
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would leave them at what they were built with
+        raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
+    model.__class__ = base.__base__  # the class in transformers
+    _check_dtypes(model)
+    return model
+
+
+def read_layouts(file: Path) -> dict[str, dict[str, Any]]:
+    """Name of a bank in the model → its layout; ValueError if the file is damaged or of another version."""
+    try:
+        content = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if content.get("version") != 1:
+        raise ValueError(f"{file} has version {content.get('version')}; this coterie reads version 1")
+    layouts: dict[str, dict[str, Any]] = content["banks"]
+    return layouts
+
+
+def _check_dtypes(model: PreTrainedModel) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedExperts):
+            for tensor, dtype in TENSORS.items():
+                found = getattr(module, tensor).dtype
+                if found != dtype:
+                    raise ValueError(f"{name}.{tensor} is {found}; packed experts need {dtype}")

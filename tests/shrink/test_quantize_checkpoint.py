@@ -1,0 +1,180 @@
+"""coterie quantize: what it writes, what it foretells, what it refuses."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from coterie import cli
+from coterie.hf import find_moe_blocks, load
+from coterie.shrink import bytes_on_disk, load_packed, perplexity, save_packed
+from coterie.shrink import quantize_checkpoint as quantizing
+from coterie.shrink.calibrate import batches, held_out, read_text
+from coterie.shrink.quantize_checkpoint import quantize_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # tiny text: some experts see no token
+
+
+@pytest.fixture
+def coterie(monkeypatch, capsys):
+    """Runs a command line in this process: (status, out, err)."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["coterie", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code or 0, *capsys.readouterr()
+
+    return command
+
+
+def test_what_is_written_reads_back_and_is_what_was_measured(coterie, checkpoint, texts, tmp_path):
+    out = tmp_path / "small"
+    arguments = ["--bits", 2.25, "--calib", texts[0], "--out", out, "--group-size", 32, "--json"]
+    status, printed, err = coterie("quantize", checkpoint, *arguments)
+    assert status == 0, err
+    done = json.loads(printed)
+    assert done["average_bits"] == 2.25
+    assert {b for widths in done["bits"].values() for b in widths} == {1, 2, 3}
+    assert done["disk"] == [bytes_on_disk(checkpoint), bytes_on_disk(out)]
+    assert done["disk"][1] < done["disk"][0]
+    for line in ("model.layers.1.mlp: experts by bits: ", "model.layers.1.mlp: rounded", f"writing {out}"):
+        assert line in err
+    model = load_packed(out)
+    assert type(model) is type(load(checkpoint))
+    banks = [layer.mlp.experts.packed for layer in model.model.layers]
+    assert [bank.bits for bank in banks] == list(done["bits"].values())
+    assert sum(bank.nbytes for bank in banks) == done["expert_bytes"][1]
+    _, rest = held_out(read_text(texts[0], AutoTokenizer.from_pretrained(out), max_tokens=65536, seq_len=64))
+    assert perplexity(model, batches(rest)) == pytest.approx(done["perplexity"][1])
+    assert perplexity(load(checkpoint), batches(rest)) == pytest.approx(done["perplexity"][0])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["prose.txt", "small", "sums.jsonl"]
+
+
+def test_a_dry_run_foretells_bits_and_bytes_and_writes_nothing(coterie, checkpoint, texts, tmp_path):
+    arguments = ["quantize", checkpoint, "--bits", 2, "--calib", texts[0]]
+    status, printed, _ = coterie(*arguments, "--json", "--dry-run")
+    assert status == 0
+    foretold = json.loads(printed)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["prose.txt", "sums.jsonl"]
+    done = json.loads(coterie(*arguments, "--json", "--out", tmp_path / "out")[1])
+    for number in ("bits", "expert_bytes", "memory", "stored_bits"):
+        assert foretold[number] == done[number]
+    assert foretold["disk"][1] == pytest.approx(done["disk"][1], rel=0.05)
+    assert (foretold["perplexity"], foretold["out"]) == (None, None)
+    _, printed, _ = coterie(*arguments, "--dry-run")
+    assert "2.00 bits per expert, by mc-sharp" in printed
+    assert "computed after" in printed
+    assert "nothing was written" in printed
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_eight_bits_for_all_change_little(checkpoint, texts, tmp_path, method):
+    options = {"bits": 8, "calib": [texts[0]], "method": method, "progress": False}
+    done = quantize_checkpoint(checkpoint, tmp_path / "out", **options)
+    before, after = done.perplexity
+    assert after == pytest.approx(before, rel=0.05)
+    assert {b for widths in done.bits.values() for b in widths} == {8}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bits", 3.5], "bit budget 3.5 per expert is infeasible: model.layers.0.mlp has 8 experts"),
+        (["--bits", 1], "use 1.375 … 3"),
+        (["--bits", 2.5, "--method", "rtn"], "rtn gives all experts the same bits=2.5; use one of 1, 2, 3"),
+        (["--bits", 2, "--method", "magic"], "no method 'magic'; use one of mc-sharp, gptq, rtn"),
+        (["--bits", 2, "--group-size", 33], "group_size=33; use a multiple of 32"),
+    ],
+)
+def test_bad_wishes_are_refused_in_one_line_before_weights_are_read(
+    coterie, checkpoint, texts, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.setattr(quantizing, "load", None)
+    arguments = ["--calib", texts[0], "--out", tmp_path / "out", *options]
+    status, printed, err = coterie("quantize", checkpoint, *arguments)
+    assert (status, printed) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_folders_are_refused(coterie, checkpoint, texts, tmp_path):
+    dense, taken = tmp_path / "dense", tmp_path / "taken"
+    config = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=8, num_hidden_layers=1)
+    LlamaForCausalLM(config).save_pretrained(dense)
+    taken.mkdir()
+    (taken / "file").write_text("")
+    for folder, out, calib, message in [
+        (dense, tmp_path / "out", texts[0], "LlamaForCausalLM has no MoE block"),
+        (checkpoint, taken, texts[0], "taken exists already"),
+        (checkpoint, tmp_path / "out", tmp_path / "none.txt", "none.txt does not exist"),
+    ]:
+        status, _, err = coterie("quantize", folder, "--bits", 2, "--calib", calib, "--out", out)
+        assert status == 2
+        assert message in err
+
+
+def test_an_interrupted_run_writes_nothing(coterie, checkpoint, texts, tmp_path, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantizing, "pack_block", interrupt)
+    arguments = ["--bits", 2, "--calib", texts[0], "--out", tmp_path / "out"]
+    status, _, err = coterie("quantize", checkpoint, *arguments)
+    assert status == 130
+    assert "interrupted; nothing was written" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["prose.txt", "sums.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, _checkpoint):
+    folder = tmp_path_factory.mktemp("small")
+    text = folder / "text.txt"
+    text.write_text("A router sends each token to a few experts. " * 20)
+    options = {"bits": 2, "calib": [text], "method": "rtn", "progress": False}
+    quantize_checkpoint(_checkpoint, folder / "model", **options)
+    return folder / "model"
+
+
+def test_the_two_loaders_refuse_each_others_folders(checkpoint, small):
+    with pytest.raises(ValueError, match=r"are packed; coterie\.shrink\.load_packed loads it"):
+        load(small)
+    with pytest.raises(ValueError, match="experts are not packed"):
+        load_packed(checkpoint)
+    model = load(checkpoint)
+    with pytest.raises(ValueError, match="no block of Qwen3MoeForCausalLM is packed"):
+        save_packed(model, find_moe_blocks(model), small.parent / "other")
+
+
+def test_packed_weights_keep_their_dtypes_in_a_model_of_another(small):
+    model = load_packed(small, dtype=torch.bfloat16)
+    bank = model.model.layers[0].mlp.experts.packed
+    assert bank.scales.dtype == torch.bfloat16
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert bool(model(torch.arange(8).view(1, 8)).logits.isfinite().all())
+
+
+def test_damage_is_named(small, tmp_path):
+    def damaged(name, file, content):
+        folder = tmp_path / name
+        folder.mkdir()
+        for part in small.iterdir():
+            (folder / part.name).write_bytes(part.read_bytes())
+        (folder / file).write_text(content)
+        return folder
+
+    with pytest.raises(ValueError, match=r"coterie-packed\.json is damaged"):
+        load_packed(damaged("a", "coterie-packed.json", "{"))
+    with pytest.raises(ValueError, match="version 2; this coterie reads version 1"):
+        load_packed(damaged("b", "coterie-packed.json", '{"version": 2}'))
+    folder = damaged("c", "note", "")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.packed.codes"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's tensors, such as .*packed\.codes"):
+        load_packed(folder)
