@@ -103,7 +103,6 @@ app.add_typer(train_app, name="train")
 @train_app.command("lm", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train_lm(
     context: typer.Context,
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe in YAML; options win over it.")] = None,
     router: Annotated[str | None, typer.Option(help="Such as top-k, top-p, hash.")] = None,
     experts: Annotated[str | None, typer.Option(help="Such as swiglu, mlp.")] = None,
     system: Annotated[str | None, typer.Option(help="A published system, such as moe-plus-plus.")] = None,
@@ -115,9 +114,9 @@ def train_lm(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")] = False,
 ) -> None:
-    """Train a language model put together from named parts.
+    """Train a language model put together from named parts: coterie train lm [RECIPE.yaml] [OPTIONS].
 
-    Any option of a part can be given: --router.p 0.4 --model.layers 6 --train.steps 500.
+    Options win over the recipe. Any option of a part can be given: --router.p 0.4 --model.layers 6 --train.steps 500.
     `coterie train parts` lists them all.
     """
     from coterie.recipe import Recipe
@@ -126,10 +125,11 @@ def train_lm(
 
     named = {"router": router, "experts": experts, "system": system, "text": text}
     overrides: list[tuple[str, object]] = [(key, value) for key, value in named.items() if value]
-    overrides += _part_options(context.args)
+    recipes, options = _part_options(context.args)
+    overrides += options
     what: Recipe | None = None
-    if recipe is not None:
-        what = Recipe.read(recipe, overrides)
+    if recipes:
+        what = Recipe.read(recipes[0], overrides)
     elif overrides or not resume:
         what = Recipe.parse("", overrides)
     report = train(what, out, resume=resume)
@@ -186,15 +186,18 @@ def compare(
         print_comparison(result, out)
 
 
-def _part_options(args: list[str]) -> list[tuple[str, object]]:
-    """`--section.option value` and `--section.option=value` as (section.option, value in YAML)."""
+def _part_options(args: list[str]) -> tuple[list[str], list[tuple[str, object]]]:
+    """What is no option, at most one; and `--section.option value`, `--section.option=value` as pairs."""
     import yaml
 
-    found, rest = [], list(args)
+    others, found, rest = list[str](), list[tuple[str, object]](), list(args)
     while rest:
         flag = rest.pop(0)
+        if not flag.startswith("--"):
+            others.append(flag)
+            continue
         key, assigned, value = flag.removeprefix("--").partition("=")
-        if not flag.startswith("--") or "." not in key:
+        if "." not in key:
             raise ValueError(
                 f"{flag!r} is no option; parts take theirs as --section.option, as in --router.p 0.4"
             )
@@ -203,7 +206,9 @@ def _part_options(args: list[str]) -> list[tuple[str, object]]:
                 raise ValueError(f"{flag} needs a value")
             value = rest.pop(0)
         found.append((key.replace("-", "_"), yaml.safe_load(value)))
-    return found
+    if len(others) > 1:
+        raise ValueError(f"one recipe can be trained at a time; found {', '.join(others)}")
+    return others, found
 
 
 @app.command()

@@ -169,6 +169,10 @@ def test_the_commands(text, tmp_path):
     assert "did you mean 'p'?" in wrong.stderr
     assert not (tmp_path / "x").exists()
     assert run("train", "lm", file, "--nonsense", "3").returncode == 2
+    assert "one recipe" in run("train", "lm", file, file).stderr
+    small = ("--model.layers", 1, "--train.steps", 2, "--train.batch-size=2", "--train.seq-len", 32)
+    without = run("train", "lm", *small, "--router", "switch", "--text", text, "--out", tmp_path / "y")
+    assert without.returncode == 0, without.stderr
     compared = run("compare", file, "--equal", "steps", "--out", tmp_path / "compare")
     assert compared.returncode == 0, compared.stderr
     assert "held-out bits per byte" in compared.stdout
