@@ -116,8 +116,8 @@ def train_lm(
 ) -> None:
     """Train a language model put together from named parts: coterie train lm [RECIPE.yaml] [OPTIONS].
 
-    Options win over the recipe. Any option of a part can be given, such as --router.p 0.4, --model.layers 6 or
-    --train.steps 500. `coterie train parts` lists them all.
+    Options win over the recipe. Any option of a part can be given, such as --router.p 0.4 or --train.steps 500.
+    `coterie train parts` lists them all.
     """
     from coterie.recipe import Recipe
     from coterie.recipe.train import print_trained
