@@ -116,7 +116,7 @@ def train_lm(
 ) -> None:
     """Train a language model put together from named parts: coterie train lm [RECIPE.yaml] [OPTIONS].
 
-    Options win over the recipe. Any option of a part can be given, such as --router.p 0.4 or --train.steps 500.
+    Options win over the recipe. Any option of a part can be given, as in --router.p 0.4 --train.steps 500.
     `coterie train parts` lists them all.
     """
     from coterie.recipe import Recipe
