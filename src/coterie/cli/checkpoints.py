@@ -1,0 +1,224 @@
+"""Commands for owners of checkpoints: inspect, prune, merge, quantize."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from coterie.cli.app import app
+
+if TYPE_CHECKING:
+    from coterie.shrink.result import Shrunk
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="Folder of a checkpoint: config.json and safetensors.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text file, folder, .jsonl, saved dataset, or ids as .pt or .safetensors; repeat to compare."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Of each text, at most.")] = 4096,
+    html: Annotated[Path | None, typer.Option(help="Write the routing explorer here, one page.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")] = False,
+) -> None:
+    """Say what each expert of a checkpoint does with some text; one layer is in memory at a time."""
+    from coterie.inspect import inspect, print_inspection, show_progress, write_page
+
+    try:
+        with show_progress() as progress:
+            found = inspect(model, text or [], tokens=tokens, progress=progress)
+    except KeyboardInterrupt:
+        typer.echo("coterie: interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from None
+    if html:
+        write_page(html, found, command="coterie " + " ".join(sys.argv[1:]))
+    if json:
+        typer.echo(found.to_json())
+        return
+    print_inspection(found)
+    if html:
+        typer.echo(f"\nexplorer    {html}")
+
+
+_Calib = Annotated[
+    list[Path],
+    typer.Option(help="Text or .jsonl of a domain; repeat for more domains. Its last tenth is held out."),
+]
+_Out = Annotated[Path | None, typer.Option(help="A new folder; not needed with --dry-run.")]
+_Format = Annotated[
+    str, typer.Option(help="transformers: loads without coterie. coterie: layers may differ, too.")
+]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be kept; write nothing.")]
+_Report = Annotated[
+    bool, typer.Option("--report", help="Write OUT/report.html, too, unless it is a dry run.")
+]
+_Tokens = Annotated[int, typer.Option(help="Calibrate on this many tokens of each domain at most.")]
+_SeqLen = Annotated[int, typer.Option(help="Tokens of a sequence at most.")]
+_Stream = Annotated[
+    bool,
+    typer.Option("--stream", help="One layer in memory at a time; measures no perplexity and no speed."),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")]
+
+
+@app.command()
+def prune(
+    model: Annotated[Path, typer.Argument(help="Folder of a checkpoint, with its tokenizer.")],
+    calib: _Calib,
+    keep: Annotated[int, typer.Option(help="Experts to keep in each layer.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="easy-ep, reap, frequency, gating, gating-norm, gating-token, random; or output-error, "
+            "which tries all choices where they are few."
+        ),
+    ] = "easy-ep",
+    out: _Out = None,
+    report: _Report = False,
+    dry_run: _DryRun = False,
+    format: _Format = "transformers",
+    tokens: _Tokens = 65536,
+    seq_len: _SeqLen = 512,
+    seed: Annotated[int, typer.Option(help="Of the method random.")] = 0,
+    stream: _Stream = False,
+    json: _Json = False,
+) -> None:
+    """Keep the experts that some text needs and delete the others; compare before and after.
+
+    Run it again after an interruption and it goes on with the calibration that was done.
+    """
+    from coterie.shrink.checkpoint import prune_checkpoint
+
+    _shrink(
+        lambda: prune_checkpoint(
+            model,
+            out,
+            keep=keep,
+            calib=calib,
+            method=method,
+            format=format,
+            dry_run=dry_run,
+            max_tokens=tokens,
+            seq_len=seq_len,
+            stream=stream,
+            seed=seed,
+        ),
+        report and not dry_run,
+        json,
+    )
+
+
+@app.command()
+def merge(
+    model: Annotated[Path, typer.Argument(help="Folder of a checkpoint, with its tokenizer.")],
+    calib: _Calib,
+    groups: Annotated[int, typer.Option(help="Experts that are left in each layer.")],
+    method: Annotated[
+        str,
+        typer.Option(help="m-smoe, whole experts; or dern, neuron by neuron into the experts that are left."),
+    ] = "m-smoe",
+    threshold: Annotated[
+        float, typer.Option(help="Of dern: the cosine above which a neuron counts as similar, -1 to 1.")
+    ] = 0.6,
+    out: _Out = None,
+    report: _Report = False,
+    dry_run: _DryRun = False,
+    format: _Format = "transformers",
+    tokens: _Tokens = 65536,
+    seq_len: _SeqLen = 512,
+    stream: _Stream = False,
+    json: _Json = False,
+) -> None:
+    """Merge experts that are alike, group by group; compare before and after."""
+    from coterie.shrink.checkpoint import merge_checkpoint
+
+    _shrink(
+        lambda: merge_checkpoint(
+            model,
+            out,
+            groups=groups,
+            calib=calib,
+            method=method,
+            threshold=threshold,
+            format=format,
+            dry_run=dry_run,
+            max_tokens=tokens,
+            seq_len=seq_len,
+            stream=stream,
+        ),
+        report and not dry_run,
+        json,
+    )
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Folder of a checkpoint, with its tokenizer.")],
+    calib: _Calib,
+    bits: Annotated[
+        float, typer.Option(help="Per expert, on average for mc-sharp (2.05); else 1, 2, 3, 4 or 8.")
+    ],
+    method: Annotated[
+        str,
+        typer.Option(help="mc-sharp: 1, 2 or 3 bits, whatever each expert needs. gptq, rtn: all the same."),
+    ] = "mc-sharp",
+    out: _Out = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print which bits would be chosen; write nothing.")
+    ] = False,
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1 for whole rows.")] = 128,
+    tokens: _Tokens = 65536,
+    seq_len: _SeqLen = 512,
+    json: _Json = False,
+) -> None:
+    """Store the experts in few bits, each in what it needs; compare bytes and perplexity before and after.
+
+    The new folder is read by coterie.shrink.load_packed. Interrupted, nothing is written.
+    """
+    from coterie.report.quantized import print_quantized
+    from coterie.shrink.quantize_checkpoint import quantize_checkpoint
+
+    try:
+        quantized = quantize_checkpoint(
+            model,
+            out,
+            bits=bits,
+            calib=calib,
+            method=method,
+            group_size=group_size,
+            dry_run=dry_run,
+            max_tokens=tokens,
+            seq_len=seq_len,
+        )
+    except KeyboardInterrupt:
+        typer.echo("coterie: interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from None
+    if json:
+        import json as json_format
+
+        typer.echo(json_format.dumps(quantized.to_dict(), ensure_ascii=False, indent=1))
+    else:
+        print_quantized(quantized)
+
+
+def _shrink(run: Callable[[], "Shrunk"], report: bool, json: bool) -> None:
+    from coterie.report.shrunk import print_shrunk, write_shrunk_page
+
+    try:
+        shrunk = run()
+    except KeyboardInterrupt:
+        typer.echo("coterie: interrupted; the same command goes on with what is left", err=True)
+        raise typer.Exit(130) from None
+    if report:
+        write_shrunk_page(Path(str(shrunk.out)) / "report.html", shrunk)
+    if json:
+        import json as json_format
+
+        typer.echo(json_format.dumps(shrunk.to_dict(), ensure_ascii=False, indent=1))
+    else:
+        print_shrunk(shrunk)
