@@ -1,11 +1,12 @@
 """The command line: parses, calls, prints. Heavy imports happen inside commands, so that help is quick."""
 
-# isort: off  the order of the help
-from coterie.cli import (
-    checkpoints,  # noqa: F401
-    language_models,  # noqa: F401
-    start,  # noqa: F401
-)
+# In the order of the help:
+# isort: off
 from coterie.cli.app import app, main
+from coterie.cli import start  # noqa: F401
+from coterie.cli import language_models  # noqa: F401
+from coterie.cli import checkpoints  # noqa: F401
+
+# isort: on
 
 __all__ = ["app", "main"]
