@@ -116,7 +116,8 @@ def test_inputs_end_at_the_block_and_are_what_it_reads(model):
     with torch.no_grad():
         model(IDS)
     handle.remove()
-    assert torch.equal(block_inputs(model, blocks[1], [IDS[:2], IDS[2:]]), seen[0].flatten(0, 1))
+    # batches of another size add in another order
+    torch.testing.assert_close(block_inputs(model, blocks[1], [IDS[:2], IDS[2:]]), seen[0].flatten(0, 1))
 
 
 def test_bad_calibration_is_named(model):
