@@ -1,9 +1,13 @@
 import os
+import signal
 from pathlib import Path
 
 # before torch: its idle threads would spin, see coterie.cli
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+# a shell in the background ignores Ctrl-C, and the commands that tests start would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ Each output element is summed in one order, whatever the other tokens, the threa
 the same token through the same experts gives the same bits in any batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -199,12 +199,9 @@ def _(
     ends_E: Tensor,
     w_in: Tensor,
     w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    activation: int,
-    gated: bool,
-    save: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
+    save = rest[-1]
     y_TO = x_TD.new_empty(x_TD.shape[0], w_out.shape[1])
     return y_TO, x_TD.new_empty(order_N.shape[0] if save else 0, w_in.shape[1])
 
@@ -228,7 +225,7 @@ def _mlp_backward(
     """Gradients of x, weights, w_in, w_out, b_in, b_out; an empty tensor for one not wanted."""
     mlp, kept = _problem(x_TD, weights_TK, order_N, ends_E, w_in, w_out, b_in, b_out, activation, gated)
     dy_TO = _rows(dy_TO)
-    grads = _new_gradients(empty, x_TD, weights_TK, w_in, w_out, b_in, b_out, wanted)
+    grads = _new_gradients(empty, (x_TD, weights_TK, w_in, w_out, b_in, b_out), wanted)
     mlp.dy, mlp.dy_row, mlp.pre = dy_TO.data_ptr(), dy_TO.stride(0), pre_NF.data_ptr()
     names = ("dx", "dweights", "dw_in", "dw_out", "db_in", "db_out")
     for name, grad, want in zip(names, grads, wanted, strict=True):
@@ -241,15 +238,12 @@ def _mlp_backward(
 
 def _new_gradients(
     empty: Callable[[tuple[int, ...], torch.dtype], Tensor],
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
+    inputs: Sequence[Tensor | None],
     wanted: list[bool],
 ) -> list[Tensor]:
-    inputs = (x_TD, weights_TK, w_in, w_out, b_in, b_out)
+    """For x, weights, w_in, w_out, b_in, b_out; that of the combine weights is summed in float32."""
+    x_TD = inputs[0]
+    assert x_TD is not None
     dtypes = (x_TD.dtype, torch.float32, *[x_TD.dtype] * 4)
     return [
         empty(t.shape if want and t is not None else (0,), dtype)
@@ -258,30 +252,10 @@ def _new_gradients(
 
 
 @_mlp_backward.register_fake
-def _(
-    dy_TO: Tensor,
-    pre_NF: Tensor,
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    order_N: Tensor,
-    ends_E: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    activation: int,
-    gated: bool,
-    wanted: list[bool],
-) -> list[Tensor]:
+def _(dy_TO: Tensor, pre_NF: Tensor, x_TD: Tensor, weights_TK: Tensor, *rest: Any) -> list[Tensor]:
+    _, _, *matrices, _, _, wanted = rest
     grads = _new_gradients(
-        lambda shape, dtype: x_TD.new_empty(shape, dtype=dtype),
-        x_TD,
-        weights_TK,
-        w_in,
-        w_out,
-        b_in,
-        b_out,
-        wanted,
+        lambda shape, dtype: x_TD.new_empty(shape, dtype=dtype), (x_TD, weights_TK, *matrices), wanted
     )
     grads[1] = grads[1].to(weights_TK.dtype)
     return grads
