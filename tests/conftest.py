@@ -6,12 +6,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-# a shell in the background ignores Ctrl-C, and the commands that tests start would inherit that
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import pytest
 import torch
 from hypothesis import settings
+
+# a shell in the background ignores Ctrl-C, and the commands that tests start would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("coterie", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("coterie")
