@@ -4,8 +4,6 @@ One file tells the whole job: plan, train both, measure on held-out files, write
 """
 
 import json
-import os
-import platform
 import shlex
 import shutil
 import sys
@@ -17,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import coterie
 from coterie.data import VOCAB_SIZE, ByteWindows, byte_tokenizer
 from coterie.models import Decoder, DecoderConfig, save_pretrained
 from coterie.recipe.measure import corpora, look_inside, measure_arm, sample
 from coterie.recipe.recipe import SIZES
 from coterie.report import Arm, Report, compare, format_duration, write_report
 from coterie.report.html import write_whole
+from coterie.reproduce.run import environment
 from coterie.train import History, PeakMemory, fit, language_model_loss
 
 MOE = DecoderConfig(VOCAB_SIZE, **SIZES)
@@ -188,9 +186,7 @@ def _report(arms: list[Arm], moe: Decoder, train: ByteWindows, heldout: ByteWind
             "bytes": f"{train.corpus.num_bytes:,} for training, {corpus.num_bytes:,} held out",
             "seed": str(plan.seed),
             "steps": f"{plan.steps} of {BATCH_SIZE} × {SEQ_LEN} bytes, the same for both models",
-            "versions": f"coterie {coterie.__version__}, torch {torch.__version__}, "
-            f"Python {platform.python_version()}",
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+            **environment(),
         },
     )
 

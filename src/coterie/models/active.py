@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from coterie.models.decoder import Decoder
+from coterie.models.tying import count_parameters
 from coterie.nn import MoE, Routing, parameters_per_expert
 
 
@@ -37,11 +38,11 @@ def active_parameters(model: Decoder, routings: Sequence[Routing]) -> float:
     for layer in model.layers:
         for parameter in layer.parameters():
             outside.pop(id(parameter), None)
-    total = float(sum(outside.values()) + sum(_count(layer) for layer in model.layers))
+    total = float(sum(outside.values()) + sum(count_parameters(layer) for layer in model.layers))
     for layer, routing in zip(layers, routings, strict=True):
         bank: nn.Module = layer.mlp.experts  # type: ignore[union-attr, assignment]
         used = routing.load.double() @ parameters_per_expert(bank).to(routing.load.device).double()
-        total += float(used) / max(int(routing.num_tokens), 1) - _count(bank)
+        total += float(used) / max(int(routing.num_tokens), 1) - count_parameters(bank)
     return total
 
 
@@ -55,7 +56,3 @@ def forward_flops(model: Decoder, routings: Sequence[Routing], seq_len: int) -> 
     looked_up = 0 if config.tie_embeddings else model.embed_tokens.weight.numel()
     scores = 2 * config.layers * config.heads * config.head_dim * seq_len / 2
     return 2 * (active_parameters(model, routings) - looked_up + scores)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

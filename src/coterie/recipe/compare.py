@@ -18,14 +18,14 @@ from coterie.recipe.build import build
 from coterie.recipe.measure import HELDOUT_WINDOWS, routed_sample, sample
 from coterie.recipe.options import suggest
 from coterie.recipe.recipe import Recipe
-from coterie.recipe.train import corpora_of, provenance, train_method
+from coterie.recipe.train import corpora_of, train_method
 from coterie.report import print_table
 from coterie.report.html import write_whole
 from coterie.report.paper import Drawing, PaperPage, Table, write_paper_page
 from coterie.report.plots import line_plot
 from coterie.reproduce.experiment import Plot, Values
 from coterie.reproduce.results import arm_tables, lines_of, numbers_of
-from coterie.reproduce.run import identity, measure_arms
+from coterie.reproduce.run import environment, identity, measure_arms
 from coterie.train import evaluate, language_model_loss
 
 EQUAL = ("active", "flops", "steps")
@@ -73,7 +73,7 @@ class Comparison:
             "arms": self.values,
             "seconds": self.seconds,
             "recipes": {name: recipe.to_yaml() for name, recipe in self.recipes.items()},
-            **provenance(),
+            **environment(),
         }
         return json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
 
@@ -246,7 +246,7 @@ def _page(result: Comparison) -> PaperPage:
         measured_note="Mean ± standard deviation over the seeds." if len(result.seeds) > 1 else "One seed.",
         drawings=[Drawing(CURVE.curve, "", draw(8.0, 3.8), draw(4.4, 3.6))],
         about=[f"{name}: {_in_words(recipe)}" for name, recipe in result.recipes.items()],
-        provenance={"seeds": ", ".join(map(str, result.seeds)), **provenance()},
+        provenance={"seeds": ", ".join(map(str, result.seeds)), **environment()},
     )
 
 

@@ -1,7 +1,5 @@
 """`coterie train lm`: one recipe, trained, measured, kept."""
 
-import os
-import platform
 import shutil
 import sys
 import time
@@ -9,17 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_model, save_model
 
-import coterie
 from coterie.data import ByteWindows, byte_tokenizer
-from coterie.models import Decoder, save_pretrained
+from coterie.models import Decoder, load_weights, save_pretrained, save_weights
 from coterie.recipe.build import build, loss_of
 from coterie.recipe.measure import corpora, look_inside, measure_arm, sample
 from coterie.recipe.recipe import Recipe
 from coterie.recipe.systems import Method
 from coterie.report import Report, compare, format_duration, print_table, write_report
 from coterie.report.html import write_whole
+from coterie.reproduce.run import environment
 from coterie.train import History, PeakMemory, fit
 
 
@@ -73,7 +70,7 @@ def train_lm(
             "command": f"coterie train lm {out / 'recipe.yaml'}",
             "text": ", ".join(recipe.text) or "the Python standard library's own sources",
             "bytes": f"{train.corpus.num_bytes:,} for training, {heldout.corpus.num_bytes:,} held out",
-            **provenance(),
+            **environment(),
             "wall time": format_duration(time.perf_counter() - began),
         },
     )
@@ -126,7 +123,7 @@ def load_trained(folder: str | Path) -> Decoder:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no trained model (no {name}); give the --out of a finished run")
     model = build(Recipe.read(folder / "recipe.yaml")).model
-    load_model(model, folder / "model.safetensors")
+    load_weights(model, folder / "model.safetensors")
     return model.eval()
 
 
@@ -134,15 +131,6 @@ def corpora_of(recipe: Recipe) -> tuple[ByteWindows, ByteWindows]:
     """Training and held-out windows of a recipe."""
     how = recipe.train
     return corpora(recipe.text, how.seq_len, how.batch_size, heldout=how.heldout, seed=how.seed)
-
-
-def provenance() -> dict[str, str]:
-    """What a run's numbers depend on beside its recipe."""
-    return {
-        "versions": f"coterie {coterie.__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-    }
 
 
 def print_trained(report: Report, out: Path) -> None:
@@ -177,9 +165,7 @@ def _plan(recipe: Recipe | None, out: Path, resume: bool) -> Recipe:
 
 
 def _save(model: Decoder, out: Path, recipe: Recipe) -> None:
-    partial = out / ".model.safetensors"
-    save_model(model, str(partial), metadata={"format": "pt"})
-    partial.rename(out / "model.safetensors")
+    save_weights(model, out / "model.safetensors")
     if _known_to_transformers(recipe):
         save_pretrained(model, out / "checkpoint", byte_tokenizer(model.config.max_len))
     elif (out / "checkpoint").exists():

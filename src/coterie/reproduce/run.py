@@ -208,6 +208,13 @@ def _provenance(
         "command": shlex.join(["coterie", "reproduce", experiment.card.slug, *options]),
         "data": "built in" if data is None else str(data),
         "seeds": ", ".join(map(str, seeds)),
+        **environment(),
+    }
+
+
+def environment() -> dict[str, str]:
+    """What any run's numbers depend on beside its own settings: versions and machine."""
+    return {
         "versions": f"coterie {coterie.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",

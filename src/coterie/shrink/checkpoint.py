@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from coterie.hf import BlockRecord, MoEBlock, check_expressible, find_moe_blocks, load, outline, save
 from coterie.hf.blocks import Snapshot
+from coterie.hf.calibration import VOCABULARIES, load_tokenizer
 from coterie.hf.save import Format, check_output
 from coterie.shrink.calibrate import (
     batches,
@@ -348,7 +349,4 @@ def _measure(
 
 def read_tokenizer(folder: Path) -> Any:
     """The checkpoint's tokenizer, or None if it has none."""
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if not any((folder / name).is_file() for name in names):
-        return None
-    return AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(folder) if any((folder / name).is_file() for name in VOCABULARIES) else None
