@@ -1,10 +1,13 @@
-"""In which order items are seen: a pure function of the seed and the step."""
+"""In which order items are seen: a pure function of the seed and the step; whole batches as items."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
 
 
 class ShuffledBatches:
@@ -85,3 +88,26 @@ class ShuffledBatches:
             self._order = np.random.default_rng([self.seed, epoch]).permutation(self.num_items)
             self._epoch = epoch
         return self._order
+
+
+def whole_batches(columns: Sequence[Tensor], *, steps: int, batch_size: int, seed: int) -> TensorDataset:
+    """A dataset of `steps` items, each a whole batch of rows: shuffled epochs, one after the other.
+
+    For tables: collating single rows would take longer than training on them. Train on it with
+    `fit(..., steps=steps, batch_size=1)`; a column [N, ...] then arrives as [1, batch_size, ...].
+
+    Args:
+        columns: tensors with N rows each.
+        steps: batches.
+        batch_size: rows of one; may be larger than N.
+        seed: of the permutations.
+
+    >>> [whole] = whole_batches([torch.arange(6)], steps=2, batch_size=3, seed=0).tensors
+    >>> whole.shape, sorted(whole.flatten().tolist())
+    (torch.Size([2, 3]), [0, 1, 2, 3, 4, 5])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    epochs = -(-steps * batch_size // len(columns[0]))
+    order = torch.cat([torch.randperm(len(columns[0]), generator=generator) for _ in range(epochs)])
+    rows = order[: steps * batch_size].view(steps, batch_size)
+    return TensorDataset(*(column[rows] for column in columns))

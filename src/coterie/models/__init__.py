@@ -5,6 +5,7 @@ from coterie.models.checkpoint import from_transformers, load_pretrained, save_p
 from coterie.models.decoder import Cache, Decoder, DecoderConfig
 from coterie.models.encoder import Encoder
 from coterie.models.generate import generate
+from coterie.models.saved import load_estimator, new_folder, save_estimator
 from coterie.models.tying import count_parameters, tie_depth, tied_modules
 from coterie.models.vit import ViT, ViTConfig
 from coterie.models.weights import load_weights, save_weights
@@ -21,8 +22,11 @@ __all__ = [
     "forward_flops",
     "from_transformers",
     "generate",
+    "load_estimator",
     "load_pretrained",
     "load_weights",
+    "new_folder",
+    "save_estimator",
     "save_pretrained",
     "save_weights",
     "tie_depth",

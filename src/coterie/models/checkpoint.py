@@ -5,8 +5,6 @@
 """
 
 import re
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from coterie.models.decoder import Decoder, DecoderConfig
+from coterie.models.saved import new_folder
 from coterie.models.tying import tie_depth, tied_modules
 from coterie.nn import (
     InputJitter,
@@ -53,26 +52,12 @@ def save_pretrained(model: Decoder, folder: str | Path, tokenizer: Any = None) -
     Raises ValueError when the model holds a router, bank or residual that Qwen3-MoE cannot express, or the
     folder holds something else. The checkpoint appears whole or not at all.
     """
-    folder = Path(folder)
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; give a folder for the checkpoint")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds something that is no checkpoint; give an empty or a new folder")
     theirs = to_transformers(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        partial.chmod(0o755)
-        with _quiet():
-            theirs.save_pretrained(partial)
+    with new_folder(folder, "config.json") as draft, _quiet():
+        theirs.save_pretrained(draft)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+            tokenizer.save_pretrained(draft)
+    return Path(folder)
 
 
 def load_pretrained(folder: str | Path) -> Decoder:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from coterie.data import whole_batches
 from coterie.language.comet_trees import permutation_loss, routing_loss
 from coterie.nn import (
     AnyRouter,
@@ -70,7 +71,7 @@ def gate(seed: int, budget: Budget, data: Any, *, kind: str, entropy: float = 0.
     model = MoE(gate_router(kind), MLPExperts(EXPERTS, DIM, 16, dim_out=1, activation="relu"))
     fit(
         model,
-        batches(steps, seed, x_TD, y_T),
+        whole_batches([x_TD, y_T], steps=steps, batch_size=BATCH, seed=2000 + seed),
         partial(regression_loss, entropy=entropy),
         lr=1e-2,
         seed=seed,
@@ -111,7 +112,8 @@ def search(
     labels = LearnedPermutation(EXPERTS, **schedule)
     model = MoE(PermuteLabels(hash_router, labels), experts) if steps else MoE(hash_router, experts)
     if steps:
-        examples = batches(steps, seed, x_TD[:8000], buckets_T[:8000], y_T[:8000])
+        columns = [x_TD[:8000], buckets_T[:8000], y_T[:8000]]
+        examples = whole_batches(columns, steps=steps, batch_size=BATCH, seed=2000 + seed)
         fit(model, examples, hashed_loss, lr=lr, seed=seed, callbacks=[PermutationSearch(steps)])
     model.eval()
     with torch.no_grad():
@@ -208,16 +210,6 @@ def piecewise_linear(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y_T = y_T + 0.1 * torch.randn(len(y_T), generator=generator)
     y_T = (y_T - y_T[:8000].mean()) / y_T[:8000].std()
     return x_TD[:8000], y_T[:8000], x_TD[8000:], y_T[8000:]
-
-
-def batches(steps: int, seed: int, *columns: Tensor) -> TensorDataset:
-    """A dataset whose items are whole batches, epochs without replacement: collating single rows would take
-    longer than training on them."""
-    generator = torch.Generator().manual_seed(2000 + seed)
-    epochs = -(-steps * BATCH // len(columns[0]))
-    order = torch.cat([torch.randperm(len(columns[0]), generator=generator) for _ in range(epochs)])
-    rows = order[: steps * BATCH].view(steps, BATCH)
-    return TensorDataset(*(column[rows] for column in columns))
 
 
 def fit(model: nn.Module, data: TensorDataset, loss: LossFn, **options: Any) -> None:
