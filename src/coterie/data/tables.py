@@ -223,7 +223,7 @@ def _floats(frame: "pd.DataFrame", name: str) -> npt.NDArray[np.float64]:
             row, found = frame.index[wrong[0]], column.iloc[wrong[0]]
             raise ValueError(f"column {name!r}, row {row}: {found!r} where a number should be")
         column = read
-    values = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    values: npt.NDArray[np.float64] = column.to_numpy(dtype=np.float64, na_value=np.nan)
     infinite = np.flatnonzero(np.isinf(values))
     if len(infinite):
         raise ValueError(

@@ -110,7 +110,10 @@ def predict(folder: str | Path, data: str | Path, out: str | Path | None = None)
     if not file.is_file():
         raise ValueError(f"{folder} holds no fitted system (no fit.json); give the --out of coterie fit")
     described = json.loads(file.read_text("utf-8"))
-    roles = {role: tuple(v) if isinstance(v, list) else v for role, v in described["columns"].items()}
+    roles: dict[str, Any] = {
+        role: tuple(names) if isinstance(names, list) else names
+        for role, names in described["columns"].items()
+    }
     if not Path(data).exists():
         raise ValueError(f"{data} does not exist; give a table")
     frames = _module(described["system"]).predict(Path(folder) / "estimator", Path(data), Columns(**roles))
