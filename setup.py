@@ -13,6 +13,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mpre
 SOURCES: dict[str, list[str]] = {
     "threads.cpp": [],
     "memory.cpp": [],
+    "profile.cpp": [],
     "library.cpp": [],
     "isa_portable.cpp": [],
 }

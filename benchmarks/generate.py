@@ -1,27 +1,41 @@
-"""A decoder of about 300M parameters end to end, with each experts implementation of transformers.
+"""A decoder of about 300M parameters end to end: each experts implementation of transformers, and llama.cpp.
 
     python -m benchmarks.generate [--quick] [--json FILE] [--threads N]
 
 Random weights, batch 1: prefill of 512 tokens, then 64 decoded greedily. The contenders take turns within
-each round; the figures are medians.
+each round; the figures are medians. llama.cpp takes part where `llama-cpp-python` and `gguf` are installed,
+with the same weights in a GGUF file: F32 beside float32, BF16 and F16 beside bfloat16. Its last logits are
+compared with transformers' first; ours compete with it in the columns named after it.
 """
 
 import argparse
 import json
 import os
 import statistics
+import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import coterie.hf  # noqa: F401  registers the experts implementation
+from benchmarks.llama_cpp_peer import LlamaCpp, missing, write_gguf
 
 IMPLEMENTATIONS = ("coterie", "eager", "grouped_mm", "batched_mm")
+RATIOS = {
+    "prefill_ratio_to_best_peer": "prefill / best of transformers",
+    "decode_ratio_to_best_peer": "decode / best",
+    "prefill_ratio_to_llama_cpp": "prefill / llama.cpp",
+    "decode_ratio_to_llama_cpp": "decode / llama.cpp",
+}
 BATCHED_PREFILL = 64  # tokens: batched_mm copies every chosen expert's weights for every token
 
 
@@ -40,7 +54,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = decoder().to(dtype)
         parameters = sum(p.numel() for p in model.parameters())
-        rows += measure(model, prefill, decode, rounds)
+        rows += measure(model, prefill, decode, rounds, options.threads)
     for row in rows:
         row |= {"parameters": parameters, "threads": options.threads}
     print_table(rows)
@@ -68,38 +82,94 @@ def decoder() -> Qwen3MoeForCausalLM:
 
 
 @torch.inference_mode()
-def measure(model: Qwen3MoeForCausalLM, prefill: int, decode: int, rounds: int) -> list[dict]:
+def measure(model: Qwen3MoeForCausalLM, prefill: int, decode: int, rounds: int, threads: int) -> list[dict]:
     ids = torch.randint(3, model.config.vocab_size, (1, prefill))
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in IMPLEMENTATIONS}
-    for round_ in range(rounds + 1):  # the first is to warm up
-        for name in IMPLEMENTATIONS:
-            model.set_experts_implementation("grouped_mm" if _too_large(name, prefill) else name)
-            start = time.perf_counter()
-            out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-            first = time.perf_counter() - start
-            model.set_experts_implementation(name)
-            start = time.perf_counter()
-            for _ in range(decode):
-                token = out.logits[:, -1].argmax(-1, keepdim=True)
-                out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-            if round_:
-                times[name].append((first, time.perf_counter() - start))
+    with llamas(model, ids, prefill + decode, threads) as others:
+        names = [*IMPLEMENTATIONS, *others]
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        for round_ in range(rounds + 1):  # the first is to warm up
+            for name in names:
+                run = others[name] if name in others else partial(run_transformers, model, name)
+                taken = run(ids, decode)
+                if round_:
+                    times[name].append(taken)
     medians = {n: [statistics.median(v) for v in zip(*values, strict=True)] for n, values in times.items()}
-    best = [
-        min(m[i] for n, m in medians.items() if n != "coterie" and not (i == 0 and _too_large(n, prefill)))
-        for i in range(2)
-    ]
+    theirs = [name for name in IMPLEMENTATIONS if name != "coterie"]
+    peers = [[n for n in theirs if not _too_large(n, prefill)], theirs]
+    ours = medians["coterie"]
+    ratios = [min(medians[n][i] for n in peers[i]) / ours[i] for i in range(2)]
+    llama = [min(medians[n][i] for n in others) / ours[i] if others else None for i in range(2)]
     return [
         {
             "implementation": name,
             "dtype": str(model.dtype).removeprefix("torch."),
             "prefill_tokens_per_second": None if _too_large(name, prefill) else prefill / first,
             "decode_tokens_per_second": decode / rest,
-            "prefill_ratio_to_best_peer": best[0] / first if name == "coterie" else None,
-            "decode_ratio_to_best_peer": best[1] / rest if name == "coterie" else None,
+            "prefill_ratio_to_best_peer": ratios[0] if name == "coterie" else None,
+            "decode_ratio_to_best_peer": ratios[1] if name == "coterie" else None,
+            "prefill_ratio_to_llama_cpp": llama[0] if name == "coterie" else None,
+            "decode_ratio_to_llama_cpp": llama[1] if name == "coterie" else None,
         }
         for name, (first, rest) in medians.items()
     ]
+
+
+def run_transformers(model: Qwen3MoeForCausalLM, name: str, ids: Tensor, decode: int) -> tuple[float, float]:
+    """Seconds of prefill and of decoding."""
+    model.set_experts_implementation("grouped_mm" if _too_large(name, ids.shape[1]) else name)
+    start = time.perf_counter()
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    first = time.perf_counter() - start
+    model.set_experts_implementation(name)
+    start = time.perf_counter()
+    for _ in range(decode):
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+    return first, time.perf_counter() - start
+
+
+@contextmanager
+def llamas(
+    model: Qwen3MoeForCausalLM, ids: Tensor, context: int, threads: int
+) -> Iterator[dict[str, Callable[[Tensor, int], tuple[float, float]]]]:
+    """llama.cpp with the model's weights, by name; empty where it is not installed."""
+    if missing():
+        print(f"without llama.cpp: {', '.join(missing())} not installed")
+        yield {}
+        return
+    kinds = {"llama.cpp F32": torch.float32}
+    if model.dtype == torch.bfloat16:
+        kinds = {"llama.cpp BF16": torch.bfloat16, "llama.cpp F16": torch.float16}
+    model.set_experts_implementation("eager")
+    expected = model(input_ids=ids, logits_to_keep=1).logits[0, -1].float()
+    loaded = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, dtype in kinds.items():
+            file = Path(folder) / "model.gguf"
+            write_gguf(model, file, dtype)
+            loaded[name] = LlamaCpp(file, threads=threads, context=context)
+            logits = torch.from_numpy(loaded[name].logits(ids[0].tolist()).copy())
+            error = ((logits - expected).norm() / expected.norm()).item()
+            print(f"{name}: logits differ from transformers' by {error:.1e} of their norm")
+            if error > 0.1:
+                raise RuntimeError(f"{name} computes another model")
+            file.unlink()  # it stays mapped
+    try:
+        yield {name: partial(run_llama, other) for name, other in loaded.items()}
+    finally:
+        for other in loaded.values():
+            other.close()
+
+
+def run_llama(llama: LlamaCpp, ids: Tensor, decode: int) -> tuple[float, float]:
+    llama.reset()
+    start = time.perf_counter()
+    logits = llama.logits(ids[0].tolist())
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(decode):
+        logits = llama.logits([int(logits.argmax())])
+    return first, time.perf_counter() - start
 
 
 def _too_large(name: str, prefill: int) -> bool:
@@ -107,17 +177,9 @@ def _too_large(name: str, prefill: int) -> bool:
 
 
 def print_table(rows: list[dict]) -> None:
-    table = Table("experts", "dtype", "prefill tokens/s", "decode tokens/s", "prefill ratio", "decode ratio")
+    table = Table("experts", "dtype", "prefill tokens/s", "decode tokens/s", *RATIOS.values())
     for row in rows:
-        numbers = [
-            row[key]
-            for key in (
-                "prefill_tokens_per_second",
-                "decode_tokens_per_second",
-                "prefill_ratio_to_best_peer",
-                "decode_ratio_to_best_peer",
-            )
-        ]
+        numbers = [row[key] for key in ("prefill_tokens_per_second", "decode_tokens_per_second", *RATIOS)]
         shown = ["–" if n is None else f"{n:.1f}" if i < 2 else f"{n:.2f}" for i, n in enumerate(numbers)]
         table.add_row(row["implementation"], row["dtype"], *shown)
     console = Console()

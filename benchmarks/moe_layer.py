@@ -1,13 +1,14 @@
 """One mixture-of-experts layer: coterie beside transformers and st-moe-pytorch, and the machine's floor.
 
     python -m benchmarks.moe_layer [--quick] [--json FILE] [--plot FILE] [--threads 1,2] [--tokens 1,16]
-        [--dtype bfloat16]
+        [--dtype bfloat16] [--profile]
 
 Every contender computes the same experts (Qwen3-MoE's) from the same routing, in turn within each round; a
 row keeps their medians. One that is ten times slower than the quickest in the first round stands with that
 time. st-moe-pytorch has experts and a gate of its own, of the same sizes, and takes part in float32 when
 it is installed; the ratio is to the best of transformers. The floor of a row is the larger of FLOPs/peak and
-bytes/bandwidth, both measured at the start of the same run.
+bytes/bandwidth, both measured at the start of the same run. With --profile, a second table says what ours
+spends its time on, as shares of all threads' time.
 """
 
 import argparse
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--threads", help="comma-separated; default 1 and all processors")
     parser.add_argument("--tokens", help="comma-separated; default 1,16,512,4096")
     parser.add_argument("--dtype", choices=DTYPES, help="only this one")
+    parser.add_argument("--profile", action="store_true", help="say where our time goes")
     options = parser.parse_args()
     if native.why_unavailable():
         parser.exit(1, f"{native.why_unavailable()}\n")
@@ -76,10 +78,14 @@ def main() -> None:
                         amount, kind, rounds=3 if options.quick else 5 if amount > 512 else 9
                     )
                     rows.append(layer.row(amount, kind, seconds, flops, bandwidth))
+                    if options.profile:
+                        rows[-1]["profile"] = layer.profile(amount, kind)
                     print_row(rows[-1])
                 if options.json:
                     options.json.write_text(json.dumps({"floors": floors, "rows": rows}, indent=1))
     print_table(rows, floors)
+    if options.profile:
+        print_profile(rows)
     if options.plot:
         plot(rows, options.plot)
 
@@ -105,13 +111,8 @@ class Layer:
     def measure(self, tokens: int, kind: str, rounds: int) -> dict[str, float]:
         """Median seconds of each contender, one call of each per round."""
         backward = kind != "forward"
-        for parameter in self.module.parameters():
-            parameter.requires_grad_(backward)
-        x = torch.randn(tokens, self.dim).to(self.dtype).requires_grad_(backward)
-        scores, ids = torch.randn(tokens, self.experts).topk(self.slots)
-        weights = scores.softmax(-1).to(self.dtype).requires_grad_(backward)
+        x, ids, weights, direction = self.inputs(tokens, backward)
         self.chosen = ids.unique().numel()
-        direction = torch.randn(tokens, self.dim).to(self.dtype)
 
         def experts(implementation: str) -> Callable[[], Tensor]:
             def run() -> Tensor:
@@ -146,6 +147,31 @@ class Layer:
                     else:
                         seconds.clear()
         return {name: statistics.median(values) for name, values in times.items()}
+
+    def inputs(self, tokens: int, backward: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens, their experts, combine weights, and the gradient of the result."""
+        for parameter in self.module.parameters():
+            parameter.requires_grad_(backward)
+        x = torch.randn(tokens, self.dim).to(self.dtype).requires_grad_(backward)
+        scores, ids = torch.randn(tokens, self.experts).topk(self.slots)
+        weights = scores.softmax(-1).to(self.dtype).requires_grad_(backward)
+        return x, ids, weights, torch.randn(tokens, self.dim).to(self.dtype)
+
+    def profile(self, tokens: int, kind: str, calls: int = 5) -> dict[str, float]:
+        """Shares of our time per kind of work, over several calls."""
+        backward = kind != "forward"
+        x, ids, weights, direction = self.inputs(tokens, backward)
+        self.module.config._experts_implementation = "coterie"
+
+        def run() -> None:
+            for _ in range(calls):
+                with torch.set_grad_enabled(backward):
+                    y = self.module(x, ids, weights)
+                    if backward:
+                        torch.autograd.grad(y, [x, weights, *self.module.parameters()], direction)
+
+        run()  # warm
+        return native.profile(run)
 
     def row(self, tokens: int, kind: str, seconds: dict[str, float], peak: float, bandwidth: float) -> dict:
         size = torch.empty(0, dtype=self.dtype).element_size()
@@ -242,6 +268,15 @@ def print_table(rows: list[dict], floors: list[dict]) -> None:
             f"{row['share_of_floor']:.2f}",
         )
     console.print(table)
+
+
+def print_profile(rows: list[dict]) -> None:
+    table = Table("experts", "dtype", "tokens", "pass", "threads", "share of floor", *rows[0]["profile"])
+    for row in rows:
+        shares = [f"{share:.0%}" for share in row["profile"].values()]
+        place = [row["shape"], row["dtype"], str(row["tokens"]), row["pass"], str(row["threads"])]
+        table.add_row(*place, f"{row['share_of_floor']:.2f}", *shares)
+    Console(width=160).print(table)
 
 
 def plot(rows: list[dict], path: Path) -> None:

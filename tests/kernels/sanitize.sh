@@ -18,6 +18,7 @@ compile() { # file, flags…
 }
 compile threads
 compile memory
+compile profile
 compile library
 compile isa_portable
 if [ "$(uname -m)" = x86_64 ]; then

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.kernels import grouped_mlp, native, reference, sort_by_expert
+from coterie.kernels import grouped_mlp, native, native_library, reference, sort_by_expert
 
 reason = native.why_unavailable()
 pytestmark = pytest.mark.skipif(reason is not None, reason=f"native backend: {reason}")
@@ -351,6 +351,27 @@ def test_released_gradients_are_reused_and_can_be_given_up():
 
 def compute_and_send(connection, tensors, dispatch):
     connection.send(run(native.grouped_mlp, tensors, dispatch, SILU)[0].tolist())
+
+
+def test_a_profile_shares_out_the_time_and_changes_no_bit():
+    x, weights = torch.randn(64, 32), torch.rand(64, 2)
+    dispatch = sort_by_expert(torch.randint(4, (64, 2)), 4)
+    w_in = torch.randn(4, 48, 32, requires_grad=True)
+    w_out = torch.randn(4, 32, 24, requires_grad=True)
+
+    def run():
+        y = grouped_mlp(x, weights, dispatch, w_in, w_out, backend="native")
+        return y, *torch.autograd.grad(y.sum(), [w_in, w_out])
+
+    results = []
+    shares = native.profile(lambda: results.append(run()))
+    assert abs(sum(shares.values()) - 1) < 1e-6
+    assert set(shares) == {*native_library.PROFILE, "everything else"}
+    assert all(shares[kind] > 0 for kind in native_library.PROFILE)
+    for ours, plain in zip(results[0], run(), strict=True):
+        assert torch.equal(ours, plain)
+    quiet = native.profile(lambda: None)  # what ran unprofiled before does not count
+    assert quiet["products"] == 0
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

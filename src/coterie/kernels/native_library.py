@@ -5,6 +5,7 @@ import math
 import os
 import time
 import weakref
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -71,6 +72,32 @@ def machine_floor(dtype: torch.dtype, *, megabytes: int = 512) -> tuple[float, f
         native.coterie_read(data.data_ptr(), data.numel(), threads)
         bandwidth = max(bandwidth, data.nbytes / (time.perf_counter() - start))
     return flops, bandwidth
+
+
+# The order of enum Kind in csrc/profile.h.
+PROFILE = (
+    "tokens gathered and packed",
+    "weights packed",
+    "products",
+    "activations and weighted sums",
+    "operands of weight gradients packed",
+    "products of weight gradients",
+    "weight gradients written",
+)
+
+
+def profile(run: Callable[[], object]) -> dict[str, float]:
+    """Where the time of `run()` goes: kind of work → share of its time on all of torch's threads.
+
+    "everything else" is what is left: threads that wait for others, fresh memory, Python. Timing itself costs
+    a few hundredths where experts have few tokens.
+    """
+    native, spent = library(), (ctypes.c_uint64 * len(PROFILE))()
+    start = native.coterie_profile(1, None)
+    run()
+    total = (native.coterie_profile(0, spent) - start) * torch.get_num_threads()
+    shares = {kind: ticks / total for kind, ticks in zip(PROFILE, spent, strict=True)}
+    return shares | {"everything else": 1 - sum(shares.values())}
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -146,6 +173,8 @@ def library() -> ctypes.CDLL:
     loaded.coterie_allocate.argtypes, loaded.coterie_allocate.restype = [ctypes.c_size_t], ctypes.c_void_p
     loaded.coterie_release.argtypes, loaded.coterie_release.restype = [ctypes.c_void_p], None
     loaded.coterie_release_idle.restype = ctypes.c_size_t
+    loaded.coterie_profile.argtypes = [ctypes.c_int32, ctypes.POINTER(ctypes.c_uint64)]
+    loaded.coterie_profile.restype = ctypes.c_uint64
     loaded.coterie_use_openmp.argtypes = [ctypes.c_void_p]
     loaded.coterie_use_openmp(_torch_openmp())
     return loaded

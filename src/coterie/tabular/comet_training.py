@@ -52,7 +52,7 @@ def train(
     held = order[: len(x_TD) // 10] if patience is not None and len(x_TD) >= 100 else order[:0]
     rows = order[len(held) :]
     permutations = [m for m in model.modules() if isinstance(m, LearnedPermutation)]
-    adam = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
+    adam = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
     curve: list[float] = []
     best, best_state, since, searched = math.inf, None, 0, max(epochs // 10, 1)
     for epoch in track(range(epochs), "COMET", transient=True, disable=not verbose):

@@ -43,7 +43,7 @@ class _COMET(BaseEstimator):  # type: ignore[misc]
         entropy: float = 0.1,
         local_search: bool = False,
         epochs: int = 60,
-        batch_size: int = 256,
+        batch_size: int = 512,
         lr: float = 1e-2,
         weight_decay: float = 1e-4,
         early_stopping: bool = True,

@@ -64,6 +64,10 @@ const char* coterie_isa(int limit);
 double coterie_multiply_adds(int dtype, int threads);
 float coterie_read(const float* data, int64_t count, int threads);
 
+// Switches timing on or off and starts its sums anew. Those until now go to `spent`, unless it is null: ticks per
+// kind of work (profile.h), over all threads. Returns the clock in the same ticks.
+uint64_t coterie_profile(int32_t on, uint64_t* spent);
+
 // GOMP_parallel of the OpenMP runtime that torch uses, or null for threads of our own.
 void coterie_use_openmp(void* gomp_parallel);
 

@@ -58,6 +58,7 @@ const float* packed_chunk(const Rows<T>& rows, const Chunk& chunk, long k, unsig
   static thread_local long last_first;
   auto* a = static_cast<float*>(scratch(0, (chunk.rows * units<T>(k) + LANES) * sizeof(float)));
   if (!a || (last_phase == phase && last_first == chunk.first)) return a;
+  const Timed timed(kRowsPacked);
   for (long t = 0; t < chunk.tiles(); ++t) {
     const long first = chunk.tile(t), m = chunk.tile(t + 1) - first;
     pack_tile(rows, chunk.first + first, static_cast<int>(m), k, a + first * units<T>(k));

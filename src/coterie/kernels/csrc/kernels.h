@@ -11,6 +11,7 @@
 #include "coterie.h"
 #include "isa.h"
 #include "memory.h"
+#include "profile.h"
 #include "threads.h"
 
 namespace coterie {

@@ -52,16 +52,19 @@ struct Outer {
       for (long r = 0; r < count; r += DEEP * PER) {
         const long some = min(DEEP * PER, count - r), deep = units<T>(some);
         if (n0 == 0 || count > DEEP * PER) {
+          const Timed timed(kGradientRowsPacked);
           for (long i = 0; i < height; i += ROWS) {
             pack_tile_columns(a, first + r, some, m0 + i, static_cast<int>(min(ROWS, height - i)), left + i * deep);
           }
         }
         for (long j = 0; j < panels; ++j) {
+          const Timed timed(kGradientRowsPacked);
           pack_panel_columns(b, first + r, some, n0 + j * WIDTH, width - j * WIDTH, right + j * deep * WIDTH);
         }
         for (long i = 0; i < height; i += ROWS) {
           const int tall = static_cast<int>(min(ROWS, height - i));
           const Tile run = tile_for<PER>(tall);
+          const Timed timed(kGradientProducts);
           for (long j = 0; j < panels; ++j) {
             for (long u = 0; u < deep; u += DEPTH) {
               run(left + i * deep + u * tall, right + (j * deep + u) * WIDTH, min(DEPTH, deep - u),
@@ -70,6 +73,7 @@ struct Outer {
           }
         }
       }
+      const Timed timed(kGradientsWritten);
       for (long i = 0; i < height; ++i) write(to + i * n + n0, sums + i * NCOLUMNS, width);
     }
   }

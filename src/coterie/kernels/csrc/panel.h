@@ -46,19 +46,24 @@ void multiply(Multiply<T>& job, float* packed, float* sums, Begin begin, Finish 
   if (job.chunk.rows <= FEW && job.panels[0].col == 1) {
     const int m = static_cast<int>(job.chunk.rows);
     begin(0, m);
-    for (int p = 0; p < job.count; ++p) {
-      const Panel<T>& panel = job.panels[p];
-      for (int g = 0; g < 2; ++g) {
-        stream_rows<T>(m, job.a, panel.data + g * LANES * panel.row, panel.row, panel.valid - g * LANES, job.k,
-                       sums + p * WIDTH + g * LANES, ldc, job.ahead);
+    {
+      const Timed timed(kProducts);
+      for (int p = 0; p < job.count; ++p) {
+        const Panel<T>& panel = job.panels[p];
+        for (int g = 0; g < 2; ++g) {
+          stream_rows<T>(m, job.a, panel.data + g * LANES * panel.row, panel.row, panel.valid - g * LANES, job.k,
+                         sums + p * WIDTH + g * LANES, ldc, job.ahead);
+        }
       }
     }
+    const Timed timed(kFinished);
     finish(0, m, sums, ldc);
     return;
   }
   for (long block = 0; block < count; block += BLOCK) {
     const long last = min(count, block + BLOCK);
     for (int p = 0; p < job.count; ++p) {
+      const Timed timed(kWeightsPacked);
       pack_panel(job.panels[p], block * PER, min(job.k, last * PER) - block * PER, packed + p * BLOCK * WIDTH,
                  tiles == 1 ? &job.ahead : nullptr);
     }
@@ -68,16 +73,22 @@ void multiply(Multiply<T>& job, float* packed, float* sums, Begin begin, Finish 
       const Tile run = tile_for<PER>(m);
       if (last == count) begin(first, m);
       float* c = sums + (count > BLOCK ? first * ldc : 0);
-      for (long u = block; u < last; u += DEPTH) {
-        const long depth = min(DEPTH, last - u);
-        const float* a = job.a + first * count + u * m;
-        for (int p = 0; p < job.count; ++p) {
-          long step;
-          const char* line = job.ahead.take(depth, a, &step);
-          run(a, packed + p * BLOCK * WIDTH + (u - block) * WIDTH, depth, c + p * WIDTH, ldc, u > 0, line, step);
+      {
+        const Timed timed(kProducts);
+        for (long u = block; u < last; u += DEPTH) {
+          const long depth = min(DEPTH, last - u);
+          const float* a = job.a + first * count + u * m;
+          for (int p = 0; p < job.count; ++p) {
+            long step;
+            const char* line = job.ahead.take(depth, a, &step);
+            run(a, packed + p * BLOCK * WIDTH + (u - block) * WIDTH, depth, c + p * WIDTH, ldc, u > 0, line, step);
+          }
         }
       }
-      if (last == count) finish(first, m, c, ldc);
+      if (last == count) {
+        const Timed timed(kFinished);
+        finish(first, m, c, ldc);
+      }
     }
   }
 }
