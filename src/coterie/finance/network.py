@@ -60,3 +60,27 @@ class MIGA(nn.Module):
         y_N1, routing = self.moe(z_ND)
         auxiliary_N = None if self.auxiliary is None else self.auxiliary(z_ND).squeeze(1)
         return Scores(y_N1.squeeze(1), routing, auxiliary_N)
+
+
+class OneResponse(nn.Module):
+    """One response for all instruments: an encoder and a head, as a baseline for `MIGA`.
+
+    Args:
+        encoder: windows [N, L, F] → [N, width].
+        head: [N, width] → [N, 1].
+
+    Returns (from forward, for x [N, L, F]): `Scores` without a routing.
+
+    >>> import torch
+    >>> linear = OneResponse(nn.Flatten(), nn.Linear(5 * 6, 1))
+    >>> linear(torch.randn(50, 5, 6)).score.shape
+    torch.Size([50])
+    """
+
+    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, x_NLF: Tensor) -> Scores:
+        y_N1: Tensor = self.head(self.encoder(x_NLF))
+        return Scores(y_N1.squeeze(1))
