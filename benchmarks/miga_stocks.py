@@ -1,7 +1,7 @@
 """MIGA on daily US stocks, walking forward: `python -m benchmarks.miga_stocks --data FILE [--json FILE]`.
 
 FILE is a table of daily bars (columns date, ticker, open, high, low, close, volume). Every model sees the
-same nine features of the last 10 days (`bar_features`, scored within each day), and is asked for the return
+same nine features of the last 5 days (`bar_features`, scored within each day), and is asked for the return
 between the next close and the one after. 500 days to learn from, 100 to choose the epoch by, 200 to test on,
 5 days between; then everything moves on by 200 days. All are trained alike, for minus the daily correlation,
 with Adam at 1e-3, and none was tuned: MIGA on two convolutions; its encoder with one linear head; a GRU and
@@ -39,7 +39,7 @@ from coterie.finance.network import MIGA, OneResponse
 from coterie.finance.train import score_by_day, train_by_day
 from coterie.models.tying import count_parameters
 
-WINDOW, WIDTH, GAP = 10, 24, 5
+WINDOW, WIDTH, GAP = 5, 24, 5
 SPLIT = {"train": 500, "valid": 100, "test": 200}
 
 MODELS = {
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--names", type=int, default=8, help="held each day")
     parser.add_argument("--cost-bps", type=float, default=5.0, help="of buying, and of selling")
     parser.add_argument("--json", type=Path, default=None, help="write the numbers there")

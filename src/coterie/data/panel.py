@@ -24,8 +24,8 @@ def panel_frame(
         table: a flat table with `time` and `group` columns, or a frame with a two-level index. Columns of two
             levels, as Qlib's ("feature", "KMID") and ("label", "LABEL0"), lose the first; a single label
             column is then called "label".
-        time: column of dates (text is parsed) or whole numbers.
-        group: column of instruments.
+        time: column or index level of dates (text is parsed) or whole numbers.
+        group: that of instruments.
 
     Raises:
         ValueError: no such columns; an index that is no (time, instrument); dates that cannot be read, are
@@ -38,6 +38,8 @@ def panel_frame(
     """
     pd = import_pandas()
     if time is not None and group is not None:
+        if {time, group} <= set(table.index.names):
+            table = table.reset_index()
         check_columns(table, [time, group])
         frame = table.drop(columns=[time, group])
         dates, instruments = table[time], table[group]

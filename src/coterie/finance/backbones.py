@@ -5,26 +5,27 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class ConvEncoder(nn.Module):
-    """Convolutions along time with ReLU; the last day's features come out.
+    """Causal convolutions along time with ReLU; the last day's channels come out.
 
     Args:
         num_features: F.
         width: channels of every layer.
-        layers: how many, each with a kernel of 3 days.
+        layers: how many, each with a kernel of 3 days: the last day's channels know 2 · layers + 1 days.
     """
 
     def __init__(self, num_features: int, width: int, layers: int = 2) -> None:
         super().__init__()
         widths = [num_features, *[width] * layers]
-        self.layers = nn.ModuleList(nn.Conv1d(a, b, kernel_size=3, padding=1) for a, b in pairwise(widths))
+        self.layers = nn.ModuleList(nn.Conv1d(a, b, kernel_size=3) for a, b in pairwise(widths))
 
     def forward(self, x_NLF: Tensor) -> Tensor:
         h_NCL = x_NLF.transpose(1, 2)
         for layer in self.layers:
-            h_NCL = layer(h_NCL).relu()
+            h_NCL = layer(F.pad(h_NCL, (2, 0))).relu()  # days before the window, none after it
         return h_NCL[..., -1]
 
 

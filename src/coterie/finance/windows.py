@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from coterie.data import PanelWindows, check_columns, daily_features, forward_return, panel_frame
+from coterie.data import (
+    PanelWindows,
+    check_columns,
+    daily_features,
+    forward_return,
+    import_pandas,
+    panel_frame,
+)
 from coterie.finance.bars import bar_features
 
 if TYPE_CHECKING:
@@ -73,6 +80,8 @@ class WindowReader:
         """What came after each row; NaN where the frame ends before that."""
         check_columns(frame, [self.target], "the panel")
         column = frame[self.target]
+        if not import_pandas().api.types.is_numeric_dtype(column.dtype):
+            raise ValueError(f"target {self.target!r} holds {column.dtype}; should be numbers")
         return column if self.target_is == "return" else forward_return(column, self.horizon)
 
     def feature_names(self, panel: "pd.DataFrame") -> list[str]:
