@@ -81,6 +81,10 @@ class PanelWindows(Dataset[tuple[Tensor, Tensor]]):
         rows_NL = ends_N.unsqueeze(1) + torch.arange(1 - self.window, 1)
         return self._values[rows_NL], self._labels[ends_N]
 
+    def labels(self, i: int) -> Tensor:
+        """y [N] of item i alone."""
+        return self._labels[torch.from_numpy(self._ends[i])]
+
     def rows(self, i: int) -> Any:
         """The index (time, instrument) of item i's predictions."""
         return self.index[self._ends[i]]

@@ -69,7 +69,8 @@ class AttentionEncoder(nn.Module):
         key_NLC, value_NLC = self.key_value(h_NLC).chunk(2, dim=-1)
         query_N1C = self.query(h_NLC[:, -1:])
         weights_N1L = (query_N1C @ key_NLC.transpose(1, 2) * query_N1C.shape[-1] ** -0.5).softmax(-1)
-        return (h_NLC[:, -1] + self.outer(weights_N1L @ value_NLC).squeeze(1)).relu()
+        z_NC: Tensor = (h_NLC[:, -1] + self.outer(weights_N1L @ value_NLC).squeeze(1)).relu()
+        return z_NC
 
 
 BACKBONES: dict[str, Callable[[int, int, int], nn.Module]] = {

@@ -130,7 +130,8 @@ def topn_backtest(
         raise ValueError("there are no scores to trade on")
     earned = returns.reindex(score.index)
     market = earned.groupby(level=0).mean().fillna(0.0) if index is None else index
-    rows, held = [], pd.Series(dtype=float)
+    rows: list[tuple[Any, float, float, float]] = []
+    held = pd.Series(dtype=float)
     for day, scores in score.groupby(level=0):
         # ties by name, so that equal scores do not depend on the order of rows
         best = scores.droplevel(0).sort_index().sort_values(ascending=False, kind="stable").index[:n]

@@ -22,7 +22,8 @@ def information_coefficient(score_N: Tensor, label_N: Tensor) -> Tensor:
     -1.0
     """
     score_N, label_N = score_N - score_N.mean(), label_N - label_N.mean()
-    return (score_N * label_N).sum() / (score_N.norm() * label_N.norm() + _EPS)
+    ic: Tensor = (score_N * label_N).sum() / (score_N.norm() * label_N.norm() + _EPS)
+    return ic
 
 
 def concordance(score_N: Tensor, label_N: Tensor) -> Tensor:

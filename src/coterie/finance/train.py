@@ -74,15 +74,15 @@ def train_by_day(
         lr: learning rate.
         seed: of the order of days.
 
-    Raises ValueError: an unknown loss, epochs or patience below 1, no day to learn from, or no day to
-    validate on.
+    Raises ValueError: an unknown loss, epochs or patience below 1, no day to learn from or to validate
+    on, or a loss that is NaN or infinite.
     """
     # a loop of its own: `coterie.train.fit` does not stop early, and reseeds the caller's random generators
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r}; use one of {', '.join(LOSSES)}")
     if epochs < 1 or (patience is not None and patience < 1):
         raise ValueError(f"epochs={epochs}, patience={patience}; should be at least 1")
-    days = [day for day in range(len(train)) if _known(*train[day]) is not None]
+    days = _usable_days(train)
     if not days:
         raise ValueError(
             f"no day to learn from among {len(train)}: each needs 5 instruments with a window and a label"
@@ -94,13 +94,19 @@ def train_by_day(
         model.train()
         total = 0.0
         for place in torch.randperm(len(days), generator=generator).tolist():
-            known = _known(*train[days[place]])
-            assert known is not None, "unusable days were left out"
-            step = _day_loss(model(known[0]), known[1], loss, balance_weight, auxiliary_weight)
+            x_NLF, y_N = train[days[place]]
+            known_N = y_N.isfinite()
+            label_N = standardised(y_N[known_N])
+            assert label_N is not None, "days that teach nothing were left out"
+            step = _day_loss(model(x_NLF[known_N]), label_N, loss, balance_weight, auxiliary_weight)
+            if not math.isfinite(value := step.item()):
+                raise ValueError(
+                    f"epoch {epoch + 1}: the loss became {value} on {train.days[days[place]]}; lower lr"
+                )
             optimizer.zero_grad(set_to_none=True)
-            step.backward()
+            step.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            total += step.item()
+            total += value
         history.loss.append(total / len(days))
         history.valid_rank_ic.append(mean_rank_ic(model, valid))
         if history.valid_rank_ic[-1] > best_ic:
@@ -128,7 +134,7 @@ def labels_of(windows: PanelWindows) -> "pd.Series[Any]":
     """The labels of every window, indexed as `score_by_day`."""
     pd = import_pandas()
     rows = windows.rows(0).append([windows.rows(day) for day in range(1, len(windows))])
-    return pd.Series(torch.cat([windows[day][1] for day in range(len(windows))]).numpy(), rows)
+    return pd.Series(torch.cat([windows.labels(day) for day in range(len(windows))]).numpy(), rows)
 
 
 def mean_rank_ic(model: nn.Module, windows: PanelWindows) -> float:
@@ -136,19 +142,17 @@ def mean_rank_ic(model: nn.Module, windows: PanelWindows) -> float:
 
     0 for a model that scores every instrument alike.
     """
-    usable = sum(_known(*windows[day]) is not None for day in range(len(windows)))
+    usable = _usable_days(windows)
     if not usable:
         raise ValueError(
             f"no day to validate on among {len(windows)}: each needs 5 instruments with a window and a label"
         )
-    return float(daily_ic(score_by_day(model, windows), labels_of(windows))["rank_ic"].sum()) / usable
+    return float(daily_ic(score_by_day(model, windows), labels_of(windows))["rank_ic"].sum()) / len(usable)
 
 
-def _known(x_NLF: Tensor, y_N: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The instruments with a label, which is standardised; None for a day that teaches nothing."""
-    there_N = y_N.isfinite()
-    label_N = standardised(y_N[there_N])
-    return None if label_N is None else (x_NLF[there_N], label_N)
+def _usable_days(windows: PanelWindows) -> list[int]:
+    labels = ((day, windows.labels(day)) for day in range(len(windows)))
+    return [day for day, y_N in labels if standardised(y_N[y_N.isfinite()]) is not None]
 
 
 def _day_loss(

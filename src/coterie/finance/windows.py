@@ -53,7 +53,7 @@ class WindowReader:
             )
         names = self.feature_names(frame)
         train = self.windows(frame, names, label=self.label(frame))
-        taught = train.days[[bool(train[day][1].isfinite().any()) for day in range(len(train))]]
+        taught = train.days[[bool(train.labels(day).isfinite().any()) for day in range(len(train))]]
         if not len(taught):
             raise ValueError(f"no day of the panel has a window of {self.window} days and a label")
         days = later.index.get_level_values(0).unique()
@@ -100,5 +100,5 @@ class WindowReader:
 
 
 def _kind_of_time(frame: "pd.DataFrame") -> str:
-    dtype = frame.index.levels[0].dtype  # type: ignore[attr-defined]
+    dtype = frame.index.levels[0].dtype
     return f"dates of time zone {getattr(dtype, 'tz', None)}" if dtype.kind == "M" else "whole numbers"

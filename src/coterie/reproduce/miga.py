@@ -16,6 +16,7 @@ Parquet, or a table with columns date (or datetime), instrument, label and featu
 60 : 12 : 28 with 5 days between. A back-test on real prices is `python -m benchmarks.miga_stocks`.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ CARD = Card(
     "one back-test).",
 )
 
-PANELS = {"style": {}, "quiet": {"stocks": 100, "styles": 4, "days": 360, "signal": 0.22}}
+PANELS: dict[str, dict[str, Any]] = {
+    "style": {},
+    "quiet": {"stocks": 100, "styles": 4, "days": 360, "signal": 0.22},
+}
 DAYS = {
     "style": {"train": 150, "valid": 30, "test": 70},
     "quiet": {"train": 240, "valid": 45, "test": 65},
@@ -92,7 +96,7 @@ def _miga(features: int, **options: Any) -> nn.Module:
     return MIGA(ConvEncoder(features, WIDTH, layers=1), WIDTH, **options)
 
 
-MODELS = {
+MODELS: dict[str, Callable[[int], nn.Module]] = {
     "conv+linear": _single,
     "conv+linear-192": partial(_single, width=192),
     "conv+mlp": partial(_single, deep=True),
@@ -171,7 +175,7 @@ def _panel(seed: int, budget: Budget, data: Any, panel: str) -> tuple[Any, Any]:
     if data is not None:
         names = data.index.get_level_values(1).unique()
         return data, import_pandas().Series(np.arange(len(names)), names)
-    smaller = {"stocks": 24, "days": 44} if budget == "smoke" else {}
+    smaller: dict[str, Any] = {"stocks": 24, "days": 44} if budget == "smoke" else {}
     return style_panel(**(PANELS[panel] | smaller), seed=seed)
 
 
