@@ -96,6 +96,11 @@ def test_an_expert_that_no_token_uses_gets_no_gradient():
     assert float(bank.attention.query.weight.grad.abs().sum()) > 0
 
 
+def test_no_tokens_give_no_results():
+    moe = MoE(Router(LinearScore(5, 4), TopK(2)), GroupAttentionExperts(4, 5, 6, num_groups=2, dim_out=1))
+    assert moe(torch.zeros(0, 5))[0].shape == (0, 1)
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="num_groups=3 does not divide 8 experts"):
         GroupAttentionExperts(8, 4, 4, num_groups=3)

@@ -111,6 +111,6 @@ class GroupAttentionExperts(nn.Module):
         check_routing(self.num_experts, routing)
         h_TEF = self.activation(torch.einsum("td,efd->tef", x_TD, self.up_proj) + self.up_bias)
         groups = (len(x_TD), self.num_groups, self.num_experts // self.num_groups)
-        h_TGMF = self.attention(h_TEF.view(*groups, -1), routing.used_TE.view(groups))
+        h_TGMF = self.attention(h_TEF.view(*groups, self.attention.dim), routing.used_TE.reshape(groups))
         y_TEO = torch.einsum("tef,eof->teo", h_TGMF.flatten(1, 2), self.down_proj) + self.down_bias
         return torch.einsum("te,teo->to", routing.weights_TE.to(y_TEO), y_TEO)
