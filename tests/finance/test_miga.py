@@ -21,6 +21,7 @@ from coterie.finance.style_panel import style_panel
 from coterie.finance.train import Scores, train_by_day
 from coterie.finance.windows import WindowReader
 from coterie.nn import balance
+from coterie.reproduce import miga
 
 STOCKS, DAYS = 24, 60
 STOCKS_FILE = "stocks/us80-daily-2011-2017.csv.gz"
@@ -351,3 +352,20 @@ def test_real_bars_are_read_and_ranked(data_dir):
     assert score.notna().all()
     report = ic_report(score.loc[days[92] :], model.reader().label(panel))
     assert abs(report["rank IC"]) < 0.3  # more would be a leak
+
+
+def test_the_experiment_reads_qlibs_frames_and_flat_tables(tmp_path, panel):
+    dated = panel.rename(index=lambda day: pd.Timestamp("2024-01-01") + pd.Timedelta(days=day), level=0)
+    dated.index.names = ["datetime", "instrument"]
+    columns = [*(("feature", f"x{i}") for i in range(1, 7)), ("label", "LABEL0")]
+    qlib = dated.set_axis(pd.MultiIndex.from_tuples(columns), axis=1)
+    qlib.to_parquet(tmp_path / "qlib.parquet")
+    dated.reset_index().to_csv(tmp_path / "flat.csv", index=False)
+    for file in ("qlib.parquet", "flat.csv"):
+        read = miga.read_data(tmp_path / file)
+        np.testing.assert_allclose(read.to_numpy(), panel.to_numpy())
+        values = miga.ARMS["style/miga"](0, "smoke", read)
+        assert np.isfinite(values["rank IC"])
+    dated.drop(columns="label").to_parquet(tmp_path / "unlabelled.parquet")
+    with pytest.raises(ValueError, match="has no column 'label'; it has x1"):
+        miga.read_data(tmp_path / "unlabelled.parquet")
