@@ -47,13 +47,18 @@ MODELS = {
     "conv": lambda features: OneResponse(ConvEncoder(features, WIDTH), nn.Linear(WIDTH, 1)),
     "GRU": lambda features: OneResponse(RecurrentEncoder(features, WIDTH), nn.Linear(WIDTH, 1)),
     "LSTM": lambda features: OneResponse(RecurrentEncoder(features, WIDTH, nn.LSTM), nn.Linear(WIDTH, 1)),
+    "MIGA (GRU)": lambda features: MIGA(RecurrentEncoder(features, WIDTH), WIDTH),
     "linear": lambda features: OneResponse(nn.Flatten(), nn.Linear(WINDOW * features, 1)),
 }
+PRESET = ["MIGA (conv)", "conv", "GRU", "LSTM", "linear"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=PRESET, help="the first is compared with the others"
+    )
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--names", type=int, default=8, help="held each day")
@@ -76,14 +81,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     splits = purged_splits(features.index.get_level_values(0), **SPLIT, gap=GAP, horizon=1)
     parts = [[PanelWindows(features, WINDOW, label=label, days=days) for days in split] for split in splits]
     models: dict[str, Any] = {}
-    for name, build in MODELS.items():
+    for name in options.models:
         rank_ics, runs = [], []
         for seed in range(options.seeds):
             began = time.perf_counter()
             scores = []
             for train, valid, test in parts:
                 torch.manual_seed(seed)
-                model = build(features.shape[1])
+                model = MODELS[name](features.shape[1])
                 train_by_day(model, train, valid, epochs=options.epochs, lr=1e-3, seed=seed)
                 scores.append(score_by_day(model, test))
             score = pd.concat(scores)
@@ -105,10 +110,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             print(f"{name}, seed {seed}: rank IC {runs[-1]['rank IC']:.4f}, {took:.0f} s", file=sys.stderr)
         by_day = pd.concat(rank_ics, axis=1).mean(axis=1)
         models[name] = {"runs": runs, "parameters": count_parameters(model), "rank_ic_by_day": by_day}
-    ours = models["MIGA (conv)"]["rank_ic_by_day"]
+    ours = models[options.models[0]]["rank_ic_by_day"]
     for theirs in models.values():
         if theirs["rank_ic_by_day"] is not ours:
-            theirs["MIGA ahead"], theirs["p"] = paired_day_test(ours, theirs["rank_ic_by_day"])
+            theirs["first ahead"], theirs["p"] = paired_day_test(ours, theirs["rank_ic_by_day"])
         theirs["p of zero"] = paired_day_test(theirs["rank_ic_by_day"], 0 * ours)[1]
     for each in models.values():
         each["rank_ic_by_day"] = [round(value, 5) for value in each["rank_ic_by_day"]]
@@ -139,7 +144,7 @@ def table(result: dict[str, Any]) -> list[str]:
     lines = [
         "| model | parameters | "
         + " | ".join(c[0] for c in columns)
-        + " | rank IC, MIGA ahead (p) | p of rank IC 0 |",
+        + " | rank IC, first row ahead (p) | p of rank IC 0 |",
         "|---" * (len(columns) + 4) + "|",
     ]
     for name, model in result["models"].items():
@@ -148,7 +153,7 @@ def table(result: dict[str, Any]) -> list[str]:
             values = [factor * run[key] for run in model["runs"]]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
-        cells.append(f"{model['MIGA ahead']:+.4f} ({model['p']:.2f})" if "p" in model else "–")
+        cells.append(f"{model['first ahead']:+.4f} ({model['p']:.2f})" if "p" in model else "–")
         cells.append(f"{model['p of zero']:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
