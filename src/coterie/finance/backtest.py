@@ -46,7 +46,8 @@ def ic_report(score: "pd.Series[Any]", label: "pd.Series[Any]") -> dict[str, flo
     """Means of the daily IC and rank IC, and both over their standard deviation.
 
     Args:
-        score, label: as `daily_ic` takes them.
+        score: indexed by (time, instrument).
+        label: what came after.
 
     Returns: "IC", "rank IC", "ICIR", "rank ICIR" (mean over deviation, per day, not annualised), "days", and
     "days skipped".
@@ -163,7 +164,8 @@ def paired_day_test(ours: "pd.Series[Any]", theirs: "pd.Series[Any]", lags: int 
     """Is the mean of the daily difference 0? (mean difference, two-sided p) with Newey–West errors.
 
     Args:
-        ours, theirs: a value per day, such as `daily_ic(...)["rank_ic"]`; days that both have are compared.
+        ours: a value per day, such as `daily_ic(...)["rank_ic"]`.
+        theirs: the same of another model; days that both have are compared.
         lags: days over which differences may be correlated.
 
     Raises ValueError for fewer than 30 days in common, where the normal distribution is no good guide.

@@ -43,7 +43,11 @@ class MIGARegressor:
         backbone: "conv" (two convolutions), "gru" or "attention".
         encoder: any module [N, window, features] → [N, width] in the place of a named backbone; it is copied.
         width: of the named backbones.
-        n_groups, experts_per_group, top_k, expert_dim, group_attention: see `MIGA`.
+        n_groups: groups of experts.
+        experts_per_group: experts of each.
+        top_k: experts per instrument and day.
+        expert_dim: hidden width of an expert.
+        group_attention: whether active experts of a group read each other's hidden vectors.
         loss: "ic", "ccc" or "mse", by day.
         balance: weight of the load balance loss.
         auxiliary: weight of the same loss on a linear head on the encoder; 0 for no such head.

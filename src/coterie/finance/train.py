@@ -18,17 +18,14 @@ if TYPE_CHECKING:
 
 
 class Scores(NamedTuple):
-    """What a model makes of a day's windows [N, L, F].
-
-    Args:
-        score: [N]; only their order and relative distance within the day mean something.
-        routing: of the N instruments; None for a model without experts.
-        auxiliary: [N], scores of the encoder alone; None without such a head.
-    """
+    """What a model makes of a day's windows [N, L, F]."""
 
     score: Tensor
+    """[N]; only their order and relative distance within the day mean something."""
     routing: Routing | None = None
+    """Of the N instruments; None for a model without experts."""
     auxiliary: Tensor | None = None
+    """[N], scores of the encoder alone; None without such a head."""
 
 
 @dataclass
@@ -65,7 +62,8 @@ def train_by_day(
 
     Args:
         model: x [N, L, F] → `Scores`.
-        train, valid: windows with labels.
+        train: windows with labels, to learn from.
+        valid: those to choose the epoch by.
         loss: "ic", "ccc" or "mse", against labels standardised within their day.
         balance_weight: of the load balance loss, for a model that routes.
         auxiliary_weight: of the same loss on the auxiliary scores, for a model that has them.

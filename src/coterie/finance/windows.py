@@ -24,7 +24,12 @@ class WindowReader:
     """Reads panels, all in the same way.
 
     Args:
-        target, target_is, horizon, features, tradable, window: see `MIGARegressor`.
+        target: column to learn from.
+        target_is: what it holds, as in `MIGARegressor`.
+        horizon: days that a label looks ahead after the day it is traded on.
+        features: columns to predict from; None for every other numeric column.
+        tradable: column that is true where an instrument may be held; None for all.
+        window: days of a window.
 
     >>> from coterie.finance.style_panel import style_panel
     >>> panel, _ = style_panel(stocks=6, days=20)
