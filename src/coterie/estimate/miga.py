@@ -46,7 +46,7 @@ def fit(data: Path, columns: Columns, options: dict[str, Any]) -> Fitted:
     label = model.reader().label(panel)
     report: dict[str, float | int | str] = {
         "training days": len(split.train),
-        "test days from": str(split.test[0]),
+        "test days from": str(split.test[0]).removesuffix(" 00:00:00"),
         **ic_report(score, label),
         "epochs": len(model.history_.loss),
     }
