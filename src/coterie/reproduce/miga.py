@@ -151,7 +151,7 @@ PLOTS = [
         log_x=True,
         points=True,
         arms=tuple(arm for arm in ARMS if arm.startswith("style/") and arm != "style/shuffled-labels"),
-        note="Up is better. One linear response is behind at any width; a deeper single network is not.",
+        note="Up is better. One linear response is behind at either width; a deeper single network is not.",
     ),
     Plot("validation rank IC by epoch", x="epoch", y="mean daily rank IC"),
 ]
