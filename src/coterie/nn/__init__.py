@@ -13,6 +13,7 @@ from coterie.nn.depth import (
     robust_momentum,
 )
 from coterie.nn.experts import ConcatExperts, Experts, MLPExperts, ModuleExperts, SwiGLUExperts
+from coterie.nn.group_attention import GroupAttention, GroupAttentionExperts
 from coterie.nn.mix_tokens import MixTokens
 from coterie.nn.moe import MLP, Gated, MoE, SwiGLU
 from coterie.nn.monitor import Monitor, StabilityTracker, fluctuation
@@ -60,6 +61,8 @@ __all__ = [
     "ExpertChoice",
     "Experts",
     "Gated",
+    "GroupAttention",
+    "GroupAttentionExperts",
     "HashRouter",
     "InputJitter",
     "LearnedPermutation",
