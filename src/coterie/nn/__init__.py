@@ -12,7 +12,14 @@ from coterie.nn.depth import (
     Residual,
     robust_momentum,
 )
-from coterie.nn.experts import ConcatExperts, Experts, MLPExperts, ModuleExperts, SwiGLUExperts
+from coterie.nn.experts import (
+    ConcatExperts,
+    Experts,
+    LinearExperts,
+    MLPExperts,
+    ModuleExperts,
+    SwiGLUExperts,
+)
 from coterie.nn.mix_tokens import MixTokens
 from coterie.nn.moe import MLP, Gated, MoE, SwiGLU
 from coterie.nn.monitor import Monitor, StabilityTracker, fluctuation
@@ -64,6 +71,7 @@ __all__ = [
     "InputJitter",
     "LearnedPermutation",
     "LimitCapacity",
+    "LinearExperts",
     "LinearScore",
     "LogitNoise",
     "MLPExperts",
