@@ -87,7 +87,8 @@ def load_backbone(name: str) -> Backbone:
     Args:
         name: "tiny", or a folder with a causal language model of transformers and its tokenizer.
 
-    Raises ValueError where there is no such folder.
+    Raises ValueError where there is no such folder, or its model looks ahead: it would read off what it is
+    to forecast.
     """
     if name == TINY:
         return tiny_backbone()
@@ -105,7 +106,9 @@ def load_backbone(name: str) -> Backbone:
         batch = tokenizer(list(texts), return_tensors="pt", padding=True)
         return batch["input_ids"], batch["attention_mask"].bool()
 
-    return Backbone(name, AutoModel.from_pretrained(name, dtype=torch.float32), read)
+    backbone = Backbone(name, AutoModel.from_pretrained(name, dtype=torch.float32), read)
+    _check_causal(backbone)
+    return backbone
 
 
 @lru_cache(maxsize=4)
@@ -135,12 +138,14 @@ def tiny_backbone(steps: int = 300, seed: int = 0) -> Backbone:
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+    model.zero_grad()
     return Backbone(TINY, model.model, read_tiny)
 
 
 def untrained_tiny() -> Backbone:
     """The tiny model's architecture, for weights that were saved."""
-    return Backbone(TINY, _tiny_model().model, read_tiny)
+    with torch.random.fork_rng(devices=[]):
+        return Backbone(TINY, _tiny_model().model, read_tiny)
 
 
 def read_tiny(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -221,6 +226,18 @@ def _random_prompts(count: int, *, with_time: bool) -> Tensor:
         seconds_B2 = torch.randint(2_000_000_000, (count, 2)).numpy()
         times = seconds_B2.astype("datetime64[s]")
     return read_tiny(write_prompts(statistics_B3, times))[0]
+
+
+@torch.no_grad()
+def _check_causal(backbone: Backbone) -> None:
+    embedded_1SD = torch.linspace(-1, 1, 3 * backbone.dim).view(1, 3, -1)
+    changed_1SD = embedded_1SD.clone()
+    changed_1SD[:, -1] *= -1
+    if not torch.allclose(backbone(embedded_1SD)[:, :-1], backbone(changed_1SD)[:, :-1], atol=1e-4):
+        raise ValueError(
+            f"{backbone.name} is no causal language model: its states depend on later tokens, from which a "
+            "forecaster would read the answer"
+        )
 
 
 def _digest(model: nn.Module) -> str:

@@ -68,7 +68,7 @@ def forecast(
     """Trains SMETimes on the generated series, or on the user's table, and measures its forecasts."""
     if data is not None:
         epochs, stride = {"smoke": (1, 96), "standard": (6, 4), "full": (10, 1)}[budget]
-        model = SMETimesForecaster(
+        forecaster = SMETimesForecaster(
             HORIZON,
             seq_len=192,
             token_len=TOKEN_LEN,
@@ -79,7 +79,7 @@ def forecast(
             stride=stride,
             random_state=seed,
         )
-        return measure_on_table(model, data)
+        return measure_on_table(forecaster, data)
     learnt, tested, epochs = {"smoke": (128, 64, 1), "standard": (2500, 1000, 15), "full": (2500, 1000, 40)}[
         budget
     ]
