@@ -167,7 +167,9 @@ def test_bad_tables_are_refused(fitted, tmp_path):
 
 def test_it_beats_repeating_the_last_day_on_etth1(data_dir):
     frame = pd.read_csv(data_dir / "forecast" / "ETTh1.csv")[:3000]
-    options = {"seq_len": 192, "token_len": 24, "stride": 24, "epochs": 6, "lr": 3e-3, "random_state": 0}
-    model = SMETimesForecaster(48, **options).fit(frame[:2400], time_col="date", columns=["OT", "HUFL"])
-    errors = model.backtest(frame[2400 - 192 :], stride=8)
+    options = {"seq_len": 192, "token_len": 24, "stride": 3, "epochs": 8, "batch_size": 64, "lr": 2e-3}
+    model = SMETimesForecaster(48, **options, random_state=0).fit(
+        frame[:2400], time_col="date", columns=["OT", "HUFL"]
+    )
+    errors = model.backtest(frame[2400 - 192 :], stride=7)
     assert errors["mse"] < errors["naive mse"]

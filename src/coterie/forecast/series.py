@@ -98,9 +98,9 @@ def read_series(frame: "pd.DataFrame", time_col: str | None, columns: Sequence[s
 
 def _numbers(frame: "pd.DataFrame", name: str) -> npt.NDArray[np.float64]:
     pd = import_pandas()
-    read = pd.to_numeric(frame[name], errors="coerce")
-    if not pd.api.types.is_numeric_dtype(read.dtype):
+    if pd.api.types.is_datetime64_any_dtype(frame[name].dtype):
         raise ValueError(f"column {name!r} holds times; name it as the time column, or leave it out")
+    read = pd.to_numeric(frame[name], errors="coerce")
     values: npt.NDArray[np.float64] = read.to_numpy(dtype=np.float64, na_value=np.nan)
     wrong = np.flatnonzero(~np.isfinite(values))
     if len(wrong):
@@ -137,14 +137,11 @@ def _on_grid(
     values_TC: npt.NDArray[np.float64], names: list[str], times: Any, index: Any, time_col: str
 ) -> Series:
     pd = import_pandas()
-    apart = pd.Series(times).diff().mode().iloc[0]
-    if (times[1:] - times[:-1] == apart).all():
-        step = pd.tseries.frequencies.to_offset(apart).freqstr
-        return Series(values_TC, names, np.asarray(times, "datetime64[s]"), step)
     step = pd.infer_freq(times)
-    if step is not None:  # months or business days, whose steps differ in length
+    if step is not None:  # also months and business days, whose steps differ in length
         step = getattr(step, "freqstr", step)  # an offset from pandas 4 on
         return Series(values_TC, names, np.asarray(times, "datetime64[s]"), step)
+    apart = pd.Series(times).diff().mode().iloc[0]
     off = np.flatnonzero((times - times[0]) % apart != pd.Timedelta(0))
     if len(off):
         raise ValueError(

@@ -20,7 +20,7 @@ from coterie.forecast.network import SMETimes, roll
 from coterie.forecast.prompts import Pool, Prompt, PromptEncoder
 from coterie.forecast.series import Series, later_times, read_series, steps_per_day
 from coterie.forecast.training import Trained, train
-from coterie.forecast.windows import Windows, repeat_last
+from coterie.forecast.windows import Windows, repeat_last, spread_starts
 from coterie.models import load_estimator, save_estimator
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ class SMETimesForecaster:
         backbone: "tiny", a model of 0.1 million weights that is trained here in some seconds, or the folder
             of any causal language model of transformers, which is read once and never changed.
         cache: folder in which prompt vectors are kept for the next `fit`; None keeps none.
-        stride: steps from one training window to the next; with a large language model, more than 1 saves
-            most of the prompts.
+        stride: steps from one training window to the next, see `spread_starts`; with a large language model,
+            more than 1 saves most of the prompts.
         epochs: at most.
         patience: epochs without a better validation error after which training ends.
         batch_size: windows per step.
@@ -251,9 +251,9 @@ class SMETimesForecaster:
             parameters["backbone"] = backbone
         estimator = cls(**parameters)
         is_tiny = estimator.backbone == TINY
-        estimator.model_ = estimator._build(
-            untrained_tiny() if is_tiny else load_backbone(estimator.backbone)
-        )
+        language_model = untrained_tiny() if is_tiny else load_backbone(estimator.backbone)
+        with torch.random.fork_rng(devices=[]):
+            estimator.model_ = estimator._build(language_model)
         if is_tiny == (wanted["name"] == TINY):
             estimator.model_.load_state_dict(tensors, strict=is_tiny)
         found = estimator.model_.backbone.digest
@@ -285,9 +285,10 @@ class SMETimesForecaster:
 
     def _train(self, series: Series, first_held: int, generator: torch.Generator) -> None:
         span = self.seq_len + self.token_len
-        fitted = self._windows(series, torch.arange(0, first_held - span + 1, self.stride))
+        fitted = self._windows(series, spread_starts(first_held - span + 1, self.stride, self.token_len))
         last = len(series.values_TC) - self.seq_len - self.horizon
-        starts_W = torch.arange(max(first_held - self.seq_len, 0), last + 1, self.token_len)
+        step = self.token_len // 4 | 1  # odd: a divisor of the day would test some hours of it only
+        starts_W = torch.arange(max(first_held - self.seq_len, 0), last + 1, step)
         held = self._windows(series, starts_W)
         true_BH = held.steps(torch.arange(held.count), self.seq_len, self.horizon)
 

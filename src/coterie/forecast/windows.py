@@ -80,6 +80,20 @@ class Windows:
         return rows_B // len(self.starts_W), self.starts_W[rows_B % len(self.starts_W)]
 
 
+def spread_starts(count: int, stride: int, token_len: int) -> Tensor:
+    """About every `stride`-th of `count` places, at as many hours of the day as can be.
+
+    Places at multiples of 4 would show a model six hours of the day only; these move on by one step now and
+    then, by `stride` steps in the length of a patch, so that windows still share their patches' prompts.
+
+    >>> spread_starts(40, 4, 24).tolist()
+    [0, 4, 9, 14, 18, 23, 24, 28, 33, 38]
+    """
+    places = torch.arange(-(-count // stride)) * stride
+    places = places + (places * stride // token_len) % stride
+    return places[places < count]
+
+
 def repeat_last(x_BL: Tensor, period: int, horizon: int) -> Tensor:
     """[B, horizon]: the last `period` steps again and again, the forecast that any other must beat.
 

@@ -9,7 +9,7 @@ All arms share one frozen backbone, the tiny one of `coterie.forecast` (2 layers
 prompts), which stands for the paper's language models of 1 to 3 billion weights; prompts are the mean over
 their tokens, save in one arm. 15 epochs of Adam at 2e-3. Longer forecasts are rolled from the one model;
 prompts of forecast patches come from the forecasts. "oracle" is the error with prompts from the true future,
-which the paper's released test loop reads: a leak, shown only for how much it flatters.
+which the paper's released test loop reads: a leak, shown only for comparison.
 
 With --data FILE the same arms fit that table instead (a CSV whose first column is "date", the others numbers,
 as ETT, Weather and Electricity have it; 192 steps read, 96 forecast, patches of 24, the last fifth tested).
@@ -67,7 +67,7 @@ def forecast(
 ) -> Values:
     """Trains SMETimes on the generated series, or on the user's table, and measures its forecasts."""
     if data is not None:
-        epochs, stride = {"smoke": (1, 96), "standard": (6, 4), "full": (10, 1)}[budget]
+        epochs, stride = {"smoke": (1, 96), "standard": (5, 3), "full": (10, 1)}[budget]
         forecaster = SMETimesForecaster(
             HORIZON,
             seq_len=192,
@@ -202,7 +202,7 @@ def measure_on_table(model: SMETimesForecaster, table: "pd.DataFrame") -> Values
     tested = len(table) // 5
     model.fit(table[:-tested], time_col="date")
     seen = table[-tested - model.seq_len :]
-    measured, oracle = model.backtest(seen, stride=4), model.backtest(seen, stride=4, oracle_prompt=True)
+    measured, oracle = model.backtest(seen, stride=5), model.backtest(seen, stride=5, oracle_prompt=True)
     return {
         "MSE": measured["mse"],
         "MAE": measured["mae"],
