@@ -125,7 +125,7 @@ def tiny_backbone(steps: int = 300, seed: int = 0) -> Backbone:
     >>> states_BSD.shape, mask_BS.all().item()
     (torch.Size([1, 2, 64]), True)
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         model = _tiny_model()
         model.model.embed_tokens.weight.requires_grad_(False)
