@@ -12,7 +12,7 @@ from coterie.nn.depth import (
     Residual,
     robust_momentum,
 )
-from coterie.nn.experts import ConcatExperts, Experts, MLPExperts, ModuleExperts, SwiGLUExperts
+from coterie.nn.experts import ConcatExperts, Experts, LinearExperts, MLPExperts, ModuleExperts, SwiGLUExperts
 from coterie.nn.group_attention import GroupAttention, GroupAttentionExperts
 from coterie.nn.mix_tokens import MixTokens
 from coterie.nn.moe import MLP, Gated, MoE, SwiGLU
@@ -67,6 +67,7 @@ __all__ = [
     "InputJitter",
     "LearnedPermutation",
     "LimitCapacity",
+    "LinearExperts",
     "LinearScore",
     "LogitNoise",
     "MLPExperts",

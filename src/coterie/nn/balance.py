@@ -120,6 +120,23 @@ def importance_cv2(routings: Routings) -> Tensor:
     return _over_layers(lambda routing: _cv2(routing.importance), routings)
 
 
+def importance_entropy(routings: Routings) -> Tensor:
+    """Entropy of the experts' shares of summed weight, in nats: ln E when all are used alike, 0 for one.
+
+    Subtract it from a loss: unlike the L1 norm of softmax weights, which is constant, it spreads the use of
+    experts over a batch and leaves each token free to decide.
+
+    >>> round(float(importance_entropy(Routing.dense(torch.tensor([[1.0, 0.0], [0.0, 1.0]])))), 4)
+    0.6931
+    """
+
+    def loss(routing: Routing) -> Tensor:
+        share_E = routing.importance / routing.importance.sum().clamp(min=1e-20)
+        return -(share_E * share_E.clamp(min=1e-20).log()).sum()
+
+    return _over_layers(loss, routings)
+
+
 def load_cv2(routings: Routings) -> Tensor:
     """Squared coefficient of variation of the experts' smoothed load.
 

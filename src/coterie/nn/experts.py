@@ -131,6 +131,60 @@ class MLPExperts(nn.Module):
         )
 
 
+class LinearExperts(nn.Module):
+    """E linear maps, mixed by the gate: one matrix per expert.
+
+    Computed as one product over all experts, which suits few experts or a dense gate.
+
+    Args:
+        num_experts: E.
+        dim: D, width of a token.
+        dim_out: width of the result, D by default.
+        bias: a bias per expert.
+        identity: start as the identity (needs dim_out = D), so that a new bank changes nothing; else as
+            `nn.Linear` starts.
+
+    Returns (from forward, for x [T, D]): [T, dim_out].
+
+    Raises ValueError for an identity between different widths.
+
+    >>> bank = LinearExperts(num_experts=3, dim=8, identity=True)
+    >>> x = torch.randn(5, 8)
+    >>> torch.allclose(bank(x, Routing.dense(torch.rand(5, 3).softmax(1))), x, atol=1e-5)
+    True
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        dim_out: int | None = None,
+        *,
+        bias: bool = False,
+        identity: bool = False,
+    ) -> None:
+        super().__init__()
+        dim_out = dim_out or dim
+        if identity and dim_out != dim:
+            raise ValueError(f"identity=True maps {dim} to {dim_out}; give dim_out={dim}")
+        self.num_experts, self.dim = num_experts, dim
+        self.weight = nn.Parameter(torch.empty(num_experts, dim_out, dim))
+        self.bias = nn.Parameter(torch.zeros(num_experts, dim_out)) if bias else None
+        if identity:
+            nn.init.constant_(self.weight, 0)
+            self.weight.data += torch.eye(dim)
+        else:
+            nn.init.uniform_(self.weight, -(dim**-0.5), dim**-0.5)
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        check_routing(self.num_experts, routing)
+        weights_TE = routing.weights_TE.to(x_TD.dtype)
+        # one product of [T, E D] with [E D, O]: many small ones would cost more than what they leave out
+        weighted_TC = (weights_TE.unsqueeze(2) * x_TD.unsqueeze(1)).flatten(1)
+        y_TD = weighted_TC @ self.weight.transpose(1, 2).flatten(0, 1)
+        return y_TD if self.bias is None else y_TD + weights_TE @ self.bias
+
+
 class ModuleExperts(nn.Module):
     """Any modules as experts: different sizes, kinds, frozen ones. Each sees only its own tokens.
 

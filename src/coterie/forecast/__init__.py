@@ -1,0 +1,1 @@
+"""Forecasting systems: tables with a time column in, the steps that follow out."""
