@@ -39,6 +39,7 @@ from coterie.nn.score import (
     MLPScore,
     PermuteExperts,
     PreviousLogits,
+    ReferenceExpert,
     RemapScores,
 )
 from coterie.nn.select import Dense, ExpertChoice, Threshold, TopK, TopP
@@ -83,6 +84,7 @@ __all__ = [
     "PlainResidual",
     "PreviousLogits",
     "RandomRouter",
+    "ReferenceExpert",
     "RemapScores",
     "Residual",
     "Router",
