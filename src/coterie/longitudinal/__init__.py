@@ -8,11 +8,13 @@ from coterie.longitudinal.compare import (
     select_n_classes,
 )
 from coterie.longitudinal.fitting import DegenerateClassError
+from coterie.longitudinal.forest import SemForest
 from coterie.longitudinal.simulate import simulate_trajectories
 from coterie.longitudinal.trajectory_moe import TrajectoryMoE
 
 __all__ = [
     "DegenerateClassError",
+    "SemForest",
     "TrajectoryMoE",
     "align_classes",
     "compare_fits",

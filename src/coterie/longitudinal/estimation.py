@@ -61,16 +61,11 @@ def m_step(model: GrowthMixture, panel: Panel, responsibilities_TK: Tensor, *, i
 
 def information(model: GrowthMixture, panel: Panel) -> _Array:
     """The observed information at the model's parameters: the Hessian of the negative log-likelihood [V, V]."""
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    counts = [shape.numel() for shape in shapes.values()]
+    start_V = parameters_to_vector(model.parameters()).detach()
 
     def loss(flat_V: Tensor) -> Tensor:
-        parts = zip(shapes.items(), flat_V.split(counts), strict=True)
-        values = {name: part.view(shape) for (name, shape), part in parts}
-        log_likelihood_T: Tensor = functional_call(_LogLikelihood(model), _prefixed(values), (panel,))
-        return -log_likelihood_T.sum()
+        return evaluate_at(model, flat_V, lambda moved: -_log_likelihood(moved, panel))
 
-    start_V = parameters_to_vector(model.parameters()).detach()
     return torch.autograd.functional.hessian(loss, start_V).numpy()  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -87,17 +82,8 @@ def natural_covariance(
     Returns NaN in the rows and columns of what the data leave undetermined, such as a correlation of a
     variance that is estimated as zero: where a function moves along a direction without curvature.
     """
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    counts = [shape.numel() for shape in shapes.values()]
     start_V = parameters_to_vector(model.parameters()).detach()
-
-    def of_flat(flat_V: Tensor) -> Tensor:
-        parts = zip(shapes.items(), flat_V.split(counts), strict=True)
-        values = {name: part.view(shape) for (name, shape), part in parts}
-        numbers: Tensor = functional_call(_Natural(model, natural), _prefixed(values), ())
-        return numbers
-
-    jacobian_NV = jacrev(of_flat)(start_V).numpy()
+    jacobian_NV = jacrev(lambda flat_V: evaluate_at(model, flat_V, natural))(start_V).numpy()
     curvatures_V, directions_VV = np.linalg.eigh(information_VV)
     determined_V = curvatures_V > 1e-8 * curvatures_V.max()
     moves_NV = jacobian_NV @ directions_VV
@@ -108,26 +94,24 @@ def natural_covariance(
     return covariance_NN  # type: ignore[no-any-return]
 
 
-class _LogLikelihood(torch.nn.Module):
-    def __init__(self, model: GrowthMixture) -> None:
+def evaluate_at(model: GrowthMixture, flat_V: Tensor, quantity: Callable[[GrowthMixture], Tensor]) -> Tensor:
+    """A quantity of the model as if its parameters were `flat_V` [V]; differentiable in that, any number of times."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    parts = flat_V.split([shape.numel() for shape in shapes.values()])
+    moved = {f"model.{name}": part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    value: Tensor = functional_call(_Quantity(model, quantity), moved, ())
+    return value
+
+
+class _Quantity(torch.nn.Module):
+    """functional_call moves the parameters of a module while its forward runs; this makes a quantity a forward."""
+
+    def __init__(self, model: GrowthMixture, quantity: Callable[[GrowthMixture], Tensor]) -> None:
         super().__init__()
-        self.model = model
-
-    def forward(self, panel: Panel) -> Tensor:
-        return self.model.log_likelihood(panel)
-
-
-class _Natural(torch.nn.Module):
-    def __init__(self, model: GrowthMixture, natural: Callable[[GrowthMixture], Tensor]) -> None:
-        super().__init__()
-        self.model, self.natural = model, natural
+        self.model, self.quantity = model, quantity
 
     def forward(self) -> Tensor:
-        return self.natural(self.model)
-
-
-def _prefixed(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"model.{name}": value for name, value in values.items()}
+        return self.quantity(self.model)
 
 
 def _log_likelihood(model: GrowthMixture, panel: Panel) -> Tensor:
