@@ -1,7 +1,7 @@
 """`coterie fit moe-trajectories`: latent classes of growth from a wide or a long table.
 
-Wide (Y1, Y2, …, T1, T2, …): `--set y=Y --set t=T`. Long: `--group id --time time --target y`. Covariates, curve
-and number of classes through `--set gate="gx1 + gx2" --set experts="ex1 + ex2" --set n_classes=2`.
+Wide (Y1, Y2, …, T1, T2, …): `--set y=Y --set t=T`. Long: `--group id --time time --target y`. Covariates,
+curve and number of classes through `--set gate="gx1 + gx2" --set experts="ex1 + ex2" --set n_classes=2`.
 """
 
 from collections.abc import Iterator
@@ -57,11 +57,11 @@ def _long(columns: Columns, options: dict[str, Any]) -> dict[str, str]:
     given = columns.given()
     if not given:
         return {}
-    missing = [role for role in ("group", "time", "target") if role not in given]
+    missing = [f"--{role}" for role in ("group", "time", "target") if role not in given]
     if missing or len(columns.target) > 1:
+        found = f"{', '.join(missing)} missing" if missing else f"{len(columns.target)} targets given"
         raise ValueError(
-            f"moe-trajectories: a long table needs --group, --time and one --target; "
-            f"{'missing: --' + ', --'.join(missing) if missing else f'{len(columns.target)} targets were given'} "
+            f"moe-trajectories: a long table needs --group, --time and one --target; {found} "
             "(a wide table needs none of them: --set y=PREFIX --set t=PREFIX)"
         )
     twice = sorted({"y", "t", "person"} & {*options})
@@ -70,7 +70,9 @@ def _long(columns: Columns, options: dict[str, Any]) -> dict[str, str]:
     return {"person": str(columns.group), "t": str(columns.time), "y": columns.target[0]}
 
 
-def _some_persons(frame: "pd.DataFrame", person: str | None, seed: int) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+def _some_persons(
+    frame: "pd.DataFrame", person: str | None, seed: int
+) -> "np.ndarray[Any, np.dtype[np.bool_]]":
     """[rows] True for a fifth of the persons."""
     if person is None or person not in frame.columns:  # the estimator says what a table without it lacks
         codes = np.arange(len(frame))

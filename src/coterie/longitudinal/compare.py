@@ -1,4 +1,4 @@
-"""Solutions side by side: entropy, alignment of classes, agreement, information criteria, the number of classes."""
+"""Solutions side by side: entropy, alignment, agreement, information criteria, the number of classes."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -68,7 +68,7 @@ def latent_kappa(model_a: "TrajectoryMoE", model_b: "TrajectoryMoE", frame: "pd.
 
 
 def compare_fits(models: Mapping[Any, "TrajectoryMoE"]) -> "pd.DataFrame":
-    """One row per model: classes, log-likelihood, parameters, AIC, BIC, entropy, smallest class; best BIC first.
+    """One row per model, best BIC first: log-likelihood, parameters, AIC, BIC, entropy, smallest class.
 
     Raises ValueError for models whose likelihoods are of different data: other persons or scores, or
     covariates that one models jointly and the other conditions on.
@@ -98,7 +98,9 @@ def compare_fits(models: Mapping[Any, "TrajectoryMoE"]) -> "pd.DataFrame":
     return import_pandas().DataFrame.from_dict(rows, orient="index").sort_values("BIC")
 
 
-def select_n_classes(frame: "pd.DataFrame", ks: Iterable[int] = range(1, 5), **options: Any) -> "pd.DataFrame":
+def select_n_classes(
+    frame: "pd.DataFrame", ks: Iterable[int] = range(1, 5), **options: Any
+) -> "pd.DataFrame":
     """Fits K = 1, 2, … classes and compares them, best BIC first; the index is K.
 
     Choose K so that the smallest class keeps at least 5% of the persons, without covariates; add these after.

@@ -1,4 +1,4 @@
-"""Covariates by formula: "age + school + age:income" to a standardised design matrix, and back to the user's units."""
+"""Covariates by formula: "age + school + age:income" to a standardised design and back."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ def terms_of(formula: str) -> list[str]:
 
 
 class Covariates:
-    """The design matrix of a formula: an intercept, then one column per number and per category but the first.
+    """The design of a formula: an intercept, then a column per number and per category but the first.
 
     Numbers are standardised with the mean and deviation of the frame it was fitted on, so that an optimiser
     sees columns of one size; `units` takes coefficients back to the units of the table.
@@ -64,7 +64,7 @@ class Covariates:
 
     @property
     def units(self) -> _Array:
-        """U: coefficients of the standardised columns @ U are those of the columns as they are in the table."""
+        """U: coefficients of the standardised columns @ U are those of the table's columns."""
         units = np.eye(len(self.names))
         for column, (mean, deviation) in enumerate(zip(self.means, self.deviations, strict=True), start=1):
             units[column, column] = 1 / deviation
@@ -98,7 +98,8 @@ class Covariates:
     def transform(self, frame: "pd.DataFrame", rows: Sequence[Any] | None = None) -> _Array:
         """The design [rows, len(names)]. Raises ValueError as `fit` does, and for an unseen category."""
         raw, _ = self._raw(frame, rows)
-        return np.column_stack([np.ones(len(frame)), (raw - self.means) / self.deviations])
+        design: _Array = np.column_stack([np.ones(len(frame)), (raw - self.means) / self.deviations])
+        return design
 
     def to_dict(self) -> dict[str, Any]:
         """What was learnt, as JSON can hold it."""
@@ -133,7 +134,8 @@ class Covariates:
         if not _is_number(column):
             raise ValueError(f"covariate {column.name!r} holds texts where numbers were fitted")
         _no_missing(column, rows)
-        return column.to_numpy(np.float64)
+        numbers: _Array = column.to_numpy(np.float64)
+        return numbers
 
 
 def _is_number(column: "pd.Series[Any]") -> bool:

@@ -2,16 +2,21 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from coterie.longitudinal.curves import Curve
+from coterie.longitudinal.covariates import terms_of
+from coterie.longitudinal.curves import CURVES, Curve
 from coterie.longitudinal.estimation import maximize_by_em, maximize_directly
 from coterie.longitudinal.growth_mixture import GrowthMixture
 from coterie.longitudinal.panel import Panel
 from coterie.longitudinal.start import cluster, person_factors, start_from
+
+if TYPE_CHECKING:
+    from coterie.longitudinal.trajectory_moe import TrajectoryMoE
 
 _Array = npt.NDArray[np.float64]
 _LEAST_SHARE = 0.01
@@ -23,7 +28,7 @@ class DegenerateClassError(ValueError):
 
 @dataclass(frozen=True)
 class Fit:
-    """The best optimum: its model, whether it converged, and the log-likelihood of each start (NaN: degenerate)."""
+    """The best optimum: model, whether it converged, log-likelihood of each start (NaN: degenerate)."""
 
     model: GrowthMixture
     converged: bool
@@ -54,8 +59,8 @@ def fit_mixture(
         method: "lbfgs" or "em".
         random_state: of k-means and the moves.
 
-    Raises ValueError for more parameters than persons, DegenerateClassError when no start keeps at least 1% of
-    the persons in each class.
+    Raises ValueError for more parameters than persons, DegenerateClassError when no start keeps at least 1%
+    of the persons in each class.
     """
     found = person_factors(curve, panel)
     points_TF = np.column_stack([found.factors, found.bend])
@@ -87,8 +92,8 @@ def fit_mixture(
             best = model, optimum
     if best is None:
         raise DegenerateClassError(
-            f"in each of {len(starts)} starts one of {num_classes} classes kept under 1% of {len(panel)} persons; "
-            "use fewer classes, or more starts (n_init)"
+            f"in each of {len(starts)} starts one of {num_classes} classes kept under 1% of {len(panel)} "
+            "persons; use fewer classes, or more starts (n_init)"
         )
     model, optimum = best
     model.reorder(_order(model, panel))
@@ -99,18 +104,42 @@ def fit_mixture(
 def check_panel(panel: Panel, curve: Curve) -> None:
     """ValueError when the times cannot tell the parts of the curve apart."""
     occasions = int((panel.seen.sum(0) > 0).sum())
-    distinct = len(panel.t[panel.seen > 0].unique())
+    distinct = len(torch.unique(panel.t[panel.seen > 0]))
     if min(occasions, distinct) < curve.occasions:
         raise ValueError(
-            f"{occasions} occasions with {distinct} distinct times; a curve of {', '.join(curve.factors)} needs "
-            f"at least {curve.occasions}"
+            f"{occasions} occasions with {distinct} distinct times; a curve of {', '.join(curve.factors)} "
+            f"needs at least {curve.occasions}"
         )
     first, last = panel.time_range
     if curve.from_zero and not (0 <= first < last / 2):
         raise ValueError(
-            f"times run from {first:g} to {last:g}; this curve describes growth from time 0 on: subtract each "
-            "person's first time, say"
+            f"times run from {first:g} to {last:g}; this curve describes growth from time 0 on: subtract "
+            "each person's first time, say"
         )
+
+
+def check_options(model: "TrajectoryMoE") -> None:
+    """ValueError for options that are unknown, out of range, or contradict each other."""
+    for name, value, allowed in (
+        ("curve", model.curve, [*CURVES]),
+        ("covariates", model.covariates, ["conditional", "joint"]),
+        ("method", model.method, ["lbfgs", "em"]),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}; use one of {', '.join(allowed)}")
+    if model.n_classes < 1 or model.n_init < 1:
+        raise ValueError(f"n_classes={model.n_classes}, n_init={model.n_init}; both should be at least 1")
+    if model.covariates == "joint":
+        both = {*terms_of(model.gate)} & {*terms_of(model.experts)}
+        if both or not model.experts:
+            raise ValueError(
+                f"covariates='joint' with {', '.join(sorted(both))} in gate and experts: the gate would "
+                "be conditioned on what the classes model; leave it out of one"
+                if both
+                else "covariates='joint' models the experts' covariates; give experts="
+            )
+    if model.gate and model.n_classes == 1:
+        raise ValueError("one class needs no gate; leave gate= out or give n_classes ≥ 2")
 
 
 def _check_size(model: GrowthMixture, panel: Panel) -> None:
@@ -144,7 +173,7 @@ def _warn(model: GrowthMixture, panel: Panel, converged: bool) -> None:
     for k, knot in enumerate(model.bend_K().tolist(), start=1):
         if not first + step <= knot <= last - step:
             warnings.warn(
-                f"the knot of class {k}, {knot:.3g}, lies within one occasion of an end of {first:g} … {last:g}; "
-                "one of its slopes is hardly determined",
+                f"the knot of class {k}, {knot:.3g}, lies within one occasion of an end of {first:g} … "
+                f"{last:g}; one of its slopes is hardly determined",
                 stacklevel=4,
             )

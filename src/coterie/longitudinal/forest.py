@@ -1,4 +1,4 @@
-"""Which covariates matter at all, before a gate or an expert gets them: a forest of one-class growth models."""
+"""Which covariates matter, before a gate or an expert gets them: a forest of one-class growth models."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,6 @@ from coterie.longitudinal.covariates import Covariates
 from coterie.longitudinal.curves import CURVES, CurveName
 from coterie.longitudinal.estimation import evaluate_at, maximize_directly
 from coterie.longitudinal.fitting import check_panel, fit_mixture
-from coterie.longitudinal.growth_mixture import GrowthMixture
 from coterie.longitudinal.panel import Layout, Panel, read_panel
 
 if TYPE_CHECKING:
@@ -46,10 +45,10 @@ class Split:
 class SemForest:
     """Trees that split persons by a covariate wherever two growth models fit better than one.
 
-    A node tries nine quantiles of every covariate (each category against the rest). The score statistic of the
-    node's own model ranks the cuts; the best one is fitted on both sides, and stays if its likelihood ratio is
-    significant at `alpha` over the number of cuts tried. Each tree sees 63% of the persons, drawn without
-    replacement, since copies of a person would inflate likelihood ratios.
+    A node tries nine quantiles of every covariate (each category against the rest). The score statistic of
+    the node's own model ranks the cuts; the best one is fitted on both sides, and stays if its likelihood
+    ratio is significant at `alpha` over the number of cuts tried. Each tree sees 63% of the persons, drawn
+    without replacement, since copies of a person would inflate likelihood ratios.
 
     Args:
         curve: of the one-class model, as in `TrajectoryMoE`.
@@ -60,11 +59,11 @@ class SemForest:
         y, t, person: where scores and times are, as in `TrajectoryMoE`.
         random_state: of the draws and permutations.
 
-    After `fit`: `importances_`, a series by covariate, largest first: the mean loss of log-likelihood per person,
-    nats, when the covariate is permuted among the persons that a tree did not see; `trees_`.
+    After `fit`: `importances_`, a series by covariate, largest first: the mean loss of log-likelihood per
+    person, nats, when the covariate is permuted among the persons that a tree did not see; `trees_`.
 
-    Source: Brandmaier et al. 2016 (SEM forests), as used by Liu & Perera 2022 to find covariates; the ranking by
-    score statistic is Arnold et al. 2021's.
+    Source: Brandmaier et al. 2016 (SEM forests), as used by Liu & Perera 2022 to find covariates; the
+    ranking by score statistic is Arnold et al. 2021's.
 
     >>> from coterie.longitudinal import simulate_trajectories
     >>> forest = SemForest(n_trees=2, depth=1).fit(simulate_trajectories(300), ["ex2", "gx1"])
@@ -89,8 +88,8 @@ class SemForest:
             raise ValueError(f"curve={curve!r}; use one of {', '.join(CURVES)}")
         if min(n_trees, depth, min_leaf) < 1 or not 0 < alpha < 1:
             raise ValueError(
-                f"n_trees={n_trees}, depth={depth}, min_leaf={min_leaf}, alpha={alpha}; should be at least 1, "
-                "and alpha between 0 and 1"
+                f"n_trees={n_trees}, depth={depth}, min_leaf={min_leaf}, alpha={alpha}; should be at least "
+                "1, and alpha between 0 and 1"
             )
         self.curve, self.n_trees, self.depth, self.min_leaf = curve, n_trees, depth, min_leaf
         self.alpha, self.y, self.t, self.person, self.random_state = alpha, y, t, person, random_state
@@ -110,7 +109,9 @@ class SemForest:
         panel = read_panel(frame, Layout(self.y, self.t, self.person), design, Covariates(""), learn=True)
         check_panel(panel, CURVES[self.curve])
         x_TD = panel.gate[:, 1:].numpy()
-        owner_D = [next(c for c in covariates if name == c or name.startswith(f"{c}=")) for name in design.names[1:]]
+        owner_D = [
+            next(c for c in covariates if name == c or name.startswith(f"{c}=")) for name in design.names[1:]
+        ]
         panel = replace(panel, gate=panel.gate[:, :1])  # the model of a node has no covariates
         one = np.eye(1)
         self._model = fit_mixture(
@@ -185,6 +186,7 @@ class SemForest:
 
     def _scores(self, panel: Panel, parameters_V: Tensor) -> _Array:
         """[T, V] derivative of each person's log-likelihood."""
+
         def densities(flat_V: Tensor) -> Tensor:
             return evaluate_at(self._model, flat_V, lambda moved: moved.log_density(panel)[:, 0])
 
@@ -200,7 +202,7 @@ class SemForest:
 
 
 def _score_statistics(scores_TV: _Array, below_CT: npt.NDArray[np.bool_]) -> _Array:
-    """[C] Lagrange multiplier statistic of each cut: does one model's score add up to 0 on both sides of it?"""
+    """[C] Lagrange multiplier statistic of a cut: does the model's score add up to 0 on both sides?"""
     sums_CV = below_CT @ scores_TV
     below_C = below_CT.sum(1)
     moved_CV = sums_CV @ np.linalg.pinv(scores_TV.T @ scores_TV, hermitian=True)

@@ -1,4 +1,4 @@
-"""The mixture: a dense router over covariates, growth curves as experts, their joint density. Letters: `panel`."""
+"""The mixture: a dense router over covariates, growth curves as experts. Letters: see `panel`."""
 
 import math
 
@@ -60,9 +60,7 @@ class GrowthMixture(nn.Module):
             ("least_variance", torch.tensor(least_variance, dtype=torch.float64)),
         ):
             self.register_buffer(name, value)
-        self.router = Router(
-            ReferenceExpert(LinearScore(len(gate_units), num_classes - 1)), Dense()
-        ).double()
+        self.router = Router(ReferenceExpert(LinearScore(len(gate_units), num_classes - 1)), Dense()).double()
 
         def zeros(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(num_classes, *shape, dtype=torch.float64))
@@ -94,7 +92,7 @@ class GrowthMixture(nn.Module):
         return self.least_variance + self.log_variance.exp()
 
     def residuals(self, panel: Panel) -> tuple[Tensor, Tensor, Tensor]:
-        """(loadings [T, K, J, P], mean growth factors [T, K, P], y - mean [T, K, J]); 0 where y is missing."""
+        """(loadings [T, K, J, P], mean factors [T, K, P], y - mean [T, K, J]); 0 where y is missing."""
         loadings_TKJP = self.curve.loadings(panel.t, self.bend_K()) * panel.seen[:, None, :, None]
         mean_TKP = torch.einsum("tc,kpc->tkp", panel.experts, self.mean_KPC())
         expected_TKJ = torch.einsum("tkjp,tkp->tkj", loadings_TKJP, mean_TKP)
@@ -116,11 +114,12 @@ class GrowthMixture(nn.Module):
         return density_TK + self._covariate_density(panel) if self.joint else density_TK
 
     def factors(self, panel: Panel) -> Tensor:
-        """[T, K, P] expected growth factors of a person, given its scores, in each class (empirical Bayes)."""
+        """[T, K, P] expected growth factors given a person's scores, in each class (empirical Bayes)."""
         loadings_TKJP, mean_TKP, rest_TKJ = self.residuals(panel)
         white_TKPP, inner_TKP = self._in_factor_space(loadings_TKJP, rest_TKJ)
         z_TKP = torch.linalg.solve_triangular(white_TKPP.mT, inner_TKP[..., None], upper=True)
-        return mean_TKP + (self.root_KPP() @ z_TKP)[..., 0]
+        factors_TKP: Tensor = mean_TKP + (self.root_KPP() @ z_TKP)[..., 0]
+        return factors_TKP
 
     def log_joint(self, panel: Panel) -> Tensor:
         """[T, K] log P(class | gate covariates) + log density in the class."""
@@ -138,13 +137,13 @@ class GrowthMixture(nn.Module):
     def natural(self) -> dict[str, Tensor]:
         """The model's parameters in the units of the table.
 
-        Returns gate [K - 1, D] log odds against the first class, coefficients [K, P, C], covariance [K, P, P],
-        residual [K], and, where the model has them, bend [K], tvc [K, M], covariate_mean [K, C - 1] and
+        Returns gate [K - 1, D] log odds against the first class, coefficients [K, P, C], covariance [K, P,
+        P], residual [K], and, where the model has them, bend [K], tvc [K, M], covariate_mean [K, C - 1] and
         covariate_covariance [K, C - 1, C - 1].
         """
         root_KPP = self.root_KPP()
         natural = {
-            "gate": self.router.score.score.weight @ self.gate_units,  # type: ignore[union-attr, operator]
+            "gate": self._gate_weight() @ self.gate_units,
             "coefficients": self.mean_KPC() @ self.expert_units,
             "covariance": root_KPP @ root_KPP.mT,
             "residual": self.variance_K(),
@@ -166,9 +165,14 @@ class GrowthMixture(nn.Module):
             for name, parameter in self.named_parameters():
                 if not name.startswith("router."):
                     parameter.copy_(parameter[order].clone())
-            weight: Tensor = self.router.score.score.weight  # type: ignore[union-attr, assignment]
+            weight = self._gate_weight()
             full_KD = torch.cat([weight.new_zeros(1, weight.shape[1]), weight])[order]
             weight.copy_(full_KD[1:] - full_KD[:1])
+
+    def _gate_weight(self) -> Tensor:
+        """[K - 1, D] log odds against the first class, on the standardised design."""
+        weight: Tensor = self.router.get_submodule("score.score").weight  # type: ignore[assignment]
+        return weight
 
     def _in_factor_space(self, loadings_TKJP: Tensor, rest_TKJ: Tensor) -> tuple[Tensor, Tensor]:
         """The Woodbury identity's small matrices: R with R R' = I + L'Λ'ΛL / θ, and R⁻¹ L'Λ'(y - mean) / θ.
@@ -184,14 +188,16 @@ class GrowthMixture(nn.Module):
         return white_TKPP, torch.linalg.solve_triangular(white_TKPP, right_TKP1, upper=False)[..., 0]
 
     def _covariate_density(self, panel: Panel) -> Tensor:
-        assert self.covariate_mean is not None and self.covariate_root is not None
+        assert self.covariate_mean is not None
+        assert self.covariate_root is not None
         x_TC = panel.experts[:, 1:]
         root_KCC = cholesky_factor(self.covariate_root, x_TC.shape[1])
-        density_KT = torch.distributions.MultivariateNormal(
-            self.covariate_mean[:, None], scale_tril=root_KCC[:, None], validate_args=False
-        ).log_prob(x_TC)
+        apart_KCT = (x_TC - self.covariate_mean[:, None]).mT
+        white_KCT = torch.linalg.solve_triangular(root_KCC, apart_KCT, upper=False)
+        log_root_K1 = root_KCC.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
+        density_KT: Tensor = -0.5 * (white_KCT.square() + math.log(2 * math.pi)).sum(1) - log_root_K1
         log_units = self.expert_units.diagonal()[1:].log().sum()  # densities of x in the table's units
-        return density_KT.mT + log_units
+        return density_KT.T + log_units
 
 
 def cholesky_factor(packed_KV: Tensor, size: int) -> Tensor:
@@ -203,4 +209,4 @@ def cholesky_factor(packed_KV: Tensor, size: int) -> Tensor:
     row, column = torch.tril_indices(size, size)
     values_KV = torch.where(row == column, packed_KV.exp(), packed_KV)
     place_VN = nn.functional.one_hot(row * size + column, size * size).to(packed_KV)
-    return (values_KV @ place_VN).unflatten(-1, (size, size))
+    return (values_KV @ place_VN).view(-1, size, size)

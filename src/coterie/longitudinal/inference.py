@@ -40,9 +40,7 @@ def parameter_names(
 ) -> list[tuple[str, str]]:
     """(where, parameter) of each entry of `parameter_vector`; `gate` and `experts` begin with "Intercept"."""
     factors = model.curve.factors
-    own = [
-        factor if name == "Intercept" else f"{factor} ~ {name}" for factor in factors for name in experts
-    ]
+    own = [factor if name == "Intercept" else f"{factor} ~ {name}" for factor in factors for name in experts]
     own += [model.curve.bend] if model.curve.bend else []
     own += [f"score ~ {name}" for name in tvc]
     own += [*_covariances(factors), "residual variance"]
@@ -55,9 +53,7 @@ def parameter_names(
 
 
 def _covariances(names: Sequence[str]) -> list[str]:
-    return [
-        f"var({a})" if a == b else f"cov({b}, {a})" for i, a in enumerate(names) for b in names[: i + 1]
-    ]
+    return [f"var({a})" if a == b else f"cov({b}, {a})" for i, a in enumerate(names) for b in names[: i + 1]]
 
 
 def summary_table(
@@ -85,7 +81,7 @@ def summary_table(
 
 
 def summary_text(header: Mapping[str, str], table: "pd.DataFrame") -> str:
-    """Header lines, then one line per parameter under its part of the model; log odds with their odds ratios."""
+    """Header lines, then a line per parameter under its part of the model; log odds with odds ratios."""
     rule = "=" * 96
     lines = [rule, *(f"{name + ':':<30}{value}" for name, value in header.items()), rule]
     for where, part in table.groupby(level="where", sort=False):

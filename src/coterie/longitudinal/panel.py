@@ -92,8 +92,8 @@ class Layout:
             found = _numbered(frame, prefix)
             if found != numbers:
                 raise ValueError(
-                    f"{self.y!r} has {len(numbers)} numbered columns ({_listed(self.y, numbers)}) but {prefix!r} "
-                    f"has {len(found)} ({_listed(prefix, found)}); each score needs its {prefix}"
+                    f"{self.y!r} has {len(numbers)} numbered columns ({_listed(self.y, numbers)}) but "
+                    f"{prefix!r} has {len(found)} ({_listed(prefix, found)}); each score needs its {prefix}"
                 )
             names = [f"{prefix}{number}" for number in numbers]
             blocks.append(np.column_stack([_floats(frame, name) for name in names]))
@@ -143,9 +143,9 @@ def read_panel(
         gate, experts: make the two designs.
         learn: fit them to this table first.
 
-    Raises ValueError: columns that are missing or hold no numbers; prefixes with different numbers of columns;
-    a person without any score; a score without its time or its time-varying covariate; times that do not
-    increase; covariates that are missing, constant, or differ within a person.
+    Raises ValueError: columns that are missing or hold no numbers; prefixes with different numbers of
+    columns; a person without any score; a score without its time or its time-varying covariate; times that
+    do not increase; covariates that are missing, constant, or differ within a person.
     """
     if not len(frame):
         raise ValueError("the table has no rows")
@@ -157,9 +157,9 @@ def read_panel(
     if learn:
         gate.fit(table, persons)
         experts.fit(table, persons)
-    filled = [torch.from_numpy(np.where(seen, values, 0.0)) for values in (y, t)]
     return Panel(
-        *filled,
+        y=torch.from_numpy(np.where(seen, y, 0.0)),
+        t=torch.from_numpy(np.where(seen, t, 0.0)),
         seen=torch.from_numpy(seen.astype(np.float64)),
         gate=torch.from_numpy(gate.transform(table, persons)),
         experts=torch.from_numpy(experts.transform(table, persons)),
@@ -171,7 +171,7 @@ def read_panel(
 def _check_scores(
     layout: Layout, t: _Array, tvc: _Array, seen: npt.NDArray[np.bool_], persons: Sequence[Any]
 ) -> None:
-    def complain(bad_T: npt.NDArray[np.bool_], text: str) -> None:
+    def complain(bad_T: Any, text: str) -> None:
         if bad_T.any():
             raise ValueError(f"{text} for {layout.person or 'row'}={persons[int(bad_T.nonzero()[0][0])]}")
 
@@ -181,7 +181,7 @@ def _check_scores(
         complain((seen & np.isnan(values)).any(1), f"a {layout.y} without its {name}")
     latest = np.maximum.accumulate(np.where(np.isnan(t), -np.inf, t), axis=1)
     backwards = t[:, 1:] <= latest[:, :-1]  # False beside a missing time
-    complain(backwards.any(1), "times must increase: they do not")
+    complain(backwards.any(1), "times must increase")
 
 
 def _numbered(frame: "pd.DataFrame", prefix: str) -> list[int]:
@@ -201,11 +201,12 @@ def _listed(prefix: str, numbers: Sequence[int]) -> str:
 
 def _floats(frame: "pd.DataFrame", name: str) -> _Array:
     pd = import_pandas()
-    read = pd.to_numeric(frame[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    read: _Array = pd.to_numeric(frame[name], errors="coerce").to_numpy(np.float64, na_value=np.nan)
     wrong = np.isnan(read) & frame[name].notna().to_numpy() | np.isinf(read)
     if wrong.any():
         row = int(wrong.nonzero()[0][0])
+        found = frame[name].iloc[row]
         raise ValueError(
-            f"column {name!r}, row {frame.index[row]}: {frame[name].iloc[row]!r} where a finite number should be"
+            f"column {name!r}, row {frame.index[row]}: {found!r} where a finite number should be"
         )
     return read

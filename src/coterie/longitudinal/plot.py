@@ -25,7 +25,8 @@ def draw_trajectories(
 
     Args:
         panel: T persons.
-        weights_TK: their class probabilities; a person is drawn in its most probable class, paler when unsure.
+        weights_TK: their class probabilities; a person is drawn in its most probable class, paler when
+        unsure.
         curves: of `TrajectoryMoE.mean_curves`.
         knots: one per class, or none.
         file: .png, .svg or .pdf.

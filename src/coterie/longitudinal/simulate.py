@@ -1,15 +1,16 @@
 """Persons from a known mixture of growth curves: to try an analysis on, and to plan a study's size."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from coterie.data import import_pandas
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# Of the two classes: means and knot; effects of ex1 and ex2 on (intercept, slope 1, slope 2); odds of class 2.
+# of the two classes: mean (intercept, slope 1, slope 2), knot, effects of ex1 and ex2 on the growth factors
 MEANS = np.array([[100.0, -5.0, -2.6], [100.0, -5.0, -3.4]])
 KNOTS = np.array([3.5, 5.5])
 EFFECTS = np.array(
@@ -25,7 +26,7 @@ RESIDUAL_VARIANCE = 1.0
 
 
 def simulate_trajectories(num_persons: int = 500, *, occasions: int = 10, seed: int = 0) -> "pd.DataFrame":
-    """The paper's simulated study as a wide table: two classes of bilinear growth, two covariates in each role.
+    """The paper's simulated study as a wide table: two classes of bilinear growth, covariates in both roles.
 
     Persons are measured at about 0, 1, … occasions - 1. gx1 and gx2 multiply the odds of class 2 by 1.5 and
     1.7; ex1 and ex2 explain 13% (class 1) and 26% (class 2) of the growth factors' variance. Knots: 3.5, 5.5.
@@ -57,13 +58,14 @@ def simulate_trajectories(num_persons: int = 500, *, occasions: int = 10, seed: 
     after_TJ = np.maximum(t_TJ - KNOTS[class_T][:, None], 0)
     y_TJ = factors_TP[:, :1] + factors_TP[:, 1:2] * (t_TJ - after_TJ) + factors_TP[:, 2:] * after_TJ
     y_TJ += rng.normal(0, RESIDUAL_VARIANCE**0.5, y_TJ.shape)
-    columns = {"id": np.arange(1, num_persons + 1)}
+    columns: dict[str, Any] = {"id": np.arange(1, num_persons + 1)}
     columns |= {f"Y{j + 1}": y_TJ[:, j] for j in range(occasions)}
     columns |= {f"T{j + 1}": t_TJ[:, j] for j in range(occasions)}
     columns |= {"gx1": gate_TD[:, 0], "gx2": gate_TD[:, 1], "ex1": experts_TC[:, 0], "ex2": experts_TC[:, 1]}
     return import_pandas().DataFrame(columns | {"class": class_T + 1})
 
 
-def unexplained_covariance() -> np.ndarray:
+def unexplained_covariance() -> npt.NDArray[np.float64]:
     """[2, 3, 3] covariance of the growth factors that the covariates leave: Ψ = total - B Φ B'."""
-    return FACTOR_COVARIANCE - EFFECTS @ COVARIATE_COVARIANCE @ EFFECTS.transpose(0, 2, 1)
+    explained: npt.NDArray[np.float64] = EFFECTS @ COVARIATE_COVARIANCE @ EFFECTS.transpose(0, 2, 1)
+    return FACTOR_COVARIANCE - explained

@@ -1,5 +1,6 @@
 """Where to begin: growth factors person by person, clusters of them, and one M-step at the clusters."""
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +70,9 @@ def person_factors(curve: Curve, panel: Panel, *, grid: int = 9) -> PersonFactor
     return PersonFactors(factors_TP.numpy(), bends_G[best_T].numpy(), float(variance_T.median()))
 
 
-def start_from(model: GrowthMixture, panel: Panel, found: PersonFactors, labels_T: npt.NDArray[np.int64]) -> None:
+def start_from(
+    model: GrowthMixture, panel: Panel, found: PersonFactors, labels_T: npt.NDArray[np.int64]
+) -> None:
     """Moves a model to clusters of persons, in place: their means, then one M-step at softened labels."""
     root = model.factor_root
     row, column = torch.tril_indices(found.factors.shape[1], found.factors.shape[1])
@@ -90,7 +93,9 @@ def start_from(model: GrowthMixture, panel: Panel, found: PersonFactors, labels_
     m_step(model, panel, 0.9 * hard_TK + 0.1 / model.num_classes, iterations=15)
 
 
-def cluster(points_TF: _Array, num_classes: int, rng: np.random.Generator, *, jitter: float) -> npt.NDArray[np.int64]:
+def cluster(
+    points_TF: _Array, num_classes: int, rng: np.random.Generator, *, jitter: float
+) -> npt.NDArray[np.int64]:
     """k-means labels [T] of points that were standardised and moved by `jitter` standard deviations.
 
     >>> points = np.array([[0.0], [0.1], [9.0], [9.1]])
@@ -105,5 +110,7 @@ def cluster(points_TF: _Array, num_classes: int, rng: np.random.Generator, *, ji
     spread_F = points_TF.std(0)
     standard_TF = (points_TF - points_TF.mean(0)) / np.where(spread_F > 0, spread_F, 1)
     standard_TF = standard_TF + jitter * rng.standard_normal(standard_TF.shape)
-    _, labels = kmeans2(standard_TF, num_classes, minit="++", rng=rng, missing="warn")
-    return labels.astype(np.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a cluster that stays empty; `start_from` makes do without it
+        labels_T: npt.NDArray[np.int64] = kmeans2(standard_TF, num_classes, minit="++", seed=rng)[1]
+    return labels_T

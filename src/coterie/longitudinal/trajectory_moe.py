@@ -1,4 +1,4 @@
-"""`TrajectoryMoE`: latent classes of growth, with covariates on who belongs to a class and on growth inside it."""
+"""`TrajectoryMoE`: latent classes of growth, with covariates on membership and on growth within a class."""
 
 import inspect
 import warnings
@@ -14,7 +14,7 @@ from coterie.longitudinal.compare import entropy_index
 from coterie.longitudinal.covariates import Covariates, terms_of
 from coterie.longitudinal.curves import CURVES, CurveName
 from coterie.longitudinal.estimation import information, natural_covariance
-from coterie.longitudinal.fitting import check_panel, fit_mixture
+from coterie.longitudinal.fitting import check_options, check_panel, fit_mixture
 from coterie.longitudinal.growth_mixture import GrowthMixture
 from coterie.longitudinal.inference import parameter_names, parameter_vector, summary_table, summary_text
 from coterie.longitudinal.panel import Layout, Panel, read_panel
@@ -42,10 +42,10 @@ _LEARNT = (
 class TrajectoryMoE:
     """Growth mixture model: K classes of growth curves (experts) behind a multinomial logit (gate).
 
-    A covariate of the gate says who belongs to which class, one of the experts why persons of one class differ.
-    With both it is the full model of the paper, with one of them its cluster-predictor or growth-predictor
-    variant, with neither a finite mixture. Fitted by maximum likelihood in float64, with standard errors from
-    the observed information.
+    A covariate of the gate says who belongs to which class, one of the experts why persons of one class
+    differ. With both it is the full model of the paper, with one of them its cluster-predictor or
+    growth-predictor variant, with neither a finite mixture. Fitted by maximum likelihood in float64, with
+    standard errors from the observed information.
 
     Args:
         n_classes: K ≥ 1. Choose it without covariates first, see `select_n_classes`.
@@ -58,8 +58,8 @@ class TrajectoryMoE:
             models them as normal in each class, as structural equation models do, so that they too tell the
             classes apart.
         tvc: time-varying covariates with a direct effect on the score, "a + b".
-        y, t: prefixes of numbered columns in a wide table (Y1, Y2, …; T1, T2, …), or with `person` the columns
-            of a long one.
+        y, t: prefixes of numbered columns in a wide table (Y1, Y2, …; T1, T2, …), or with `person` the
+            columns of a long one.
         person: the column of persons of a long table; None for a wide one.
         n_init: k-means starts; the best optimum counts.
         method: "lbfgs" maximises the likelihood directly, "em" by expectation maximisation; same optimum.
@@ -68,8 +68,9 @@ class TrajectoryMoE:
     Scores may be missing (every occasion that was observed counts); covariates and times of scores may not.
 
     After `fit`: `summary_` (estimates, standard errors, 95% intervals), `log_likelihood_`, `bic_`, `aic_`,
-    `entropy_`, `expert_usage_` [K] shares of the classes, `starts_` log-likelihoods of the starts, `converged_`,
-    `model_`. Classes are numbered from 1, by knot (rate, decay) or else by mean height of their curve.
+    `entropy_`, `expert_usage_` [K] shares of the classes, `starts_` log-likelihoods of the starts,
+    `converged_`, `model_`. Classes are numbered from 1, by knot (rate, decay) or else by mean height of
+    their curve.
 
     Raises:
         ValueError: bad options, or what `read_panel` raises about the table.
@@ -108,7 +109,7 @@ class TrajectoryMoE:
 
     def fit(self, frame: "pd.DataFrame") -> "TrajectoryMoE":
         """Estimates the model from a table; returns itself."""
-        self._check_options()
+        check_options(self)
         self.gate_covariates_, self.expert_covariates_ = Covariates(self.gate), Covariates(self.experts)
         panel = self._panel(frame, learn=True)
         check_panel(panel, CURVES[self.curve])
@@ -165,7 +166,9 @@ class TrajectoryMoE:
             table = torch.einsum("tk,tkp->tp", weights_TK, model.factors(panel))
             table = torch.cat([table, (weights_TK @ model.bend_K())[:, None]], dim=1)
         names = [*model.curve.factors, *([model.curve.bend] if model.curve.bend else [])]
-        return import_pandas().DataFrame(table[:, : len(names)].numpy(), index=self._index(panel), columns=names)
+        return import_pandas().DataFrame(
+            table[:, : len(names)].numpy(), index=self._index(panel), columns=names
+        )
 
     def classes(self, frame: "pd.DataFrame") -> "pd.DataFrame":
         """Per person the most probable class and the probabilities of all, "class" and "p1" … "pK"."""
@@ -177,7 +180,7 @@ class TrajectoryMoE:
         return import_pandas().DataFrame(columns, index=self._index(panel))
 
     def mean_curves(self, num_times: int = 50) -> "pd.DataFrame":
-        """Each class's mean trajectory, its covariates at their mean: columns class, t and y, one row per point."""
+        """Each class's mean trajectory at the covariates' means: columns class, t and y, a row per point."""
         model = self._fitted()
         t_J = torch.linspace(*self.time_range_, num_times, dtype=torch.float64)
         with torch.no_grad():
@@ -273,8 +276,8 @@ class TrajectoryMoE:
         lost = self.summary_.index[self.summary_["se"].isna()]
         if len(lost):
             warnings.warn(
-                f"no standard errors for {len(lost)} parameters, such as {' '.join(lost[0])}: the data do not "
-                "determine them (a variance at zero, say); fewer classes or a simpler curve may do",
+                f"no standard errors for {len(lost)} parameters, such as {' '.join(lost[0])}: the data do "
+                "not determine them (a variance at zero, say); fewer classes or a simpler curve may do",
                 stacklevel=3,
             )
 
@@ -301,25 +304,3 @@ class TrajectoryMoE:
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in inspect.signature(TrajectoryMoE).parameters}
-
-    def _check_options(self) -> None:
-        for name, value, allowed in (
-            ("curve", self.curve, [*CURVES]),
-            ("covariates", self.covariates, ["conditional", "joint"]),
-            ("method", self.method, ["lbfgs", "em"]),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r}; use one of {', '.join(allowed)}")
-        if self.n_classes < 1 or self.n_init < 1:
-            raise ValueError(f"n_classes={self.n_classes}, n_init={self.n_init}; both should be at least 1")
-        if self.covariates == "joint":
-            both = {*terms_of(self.gate)} & {*terms_of(self.experts)}
-            if both or not self.experts:
-                raise ValueError(
-                    f"covariates='joint' with {', '.join(sorted(both))} in gate and experts: the gate would be "
-                    "conditioned on what the classes model; leave it out of one"
-                    if both
-                    else "covariates='joint' models the experts' covariates; give experts="
-                )
-        if self.gate and self.n_classes == 1:
-            raise ValueError("one class needs no gate; leave gate= out or give n_classes ≥ 2")
