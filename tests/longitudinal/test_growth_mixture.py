@@ -34,7 +34,9 @@ def make_panel(*, num_tvc: int = 1, seed: int = 0) -> Panel:
     )
 
 
-def make_model(panel: Panel, curve: str = "bilinear", *, classes: int = 3, joint: bool = False) -> GrowthMixture:
+def make_model(
+    panel: Panel, curve: str = "bilinear", *, classes: int = 3, joint: bool = False
+) -> GrowthMixture:
     """Random parameters, units other than one."""
     units = torch.eye(WIDTH, dtype=torch.float64)
     units[1, 0], units[1, 1] = -0.5, 2.0
@@ -64,7 +66,9 @@ def plain_density(model: GrowthMixture, panel: Panel, row: int, k: int) -> float
     if model.tvc is not None:
         mean = mean + panel.tvc[row][seen].numpy() @ model.tvc[k].detach().numpy()
     root = model.root_KPP()[k].detach().numpy()
-    covariance = loadings @ root @ root.T @ loadings.T + model.variance_K()[k].item() * np.eye(int(seen.sum()))
+    covariance = loadings @ root @ root.T @ loadings.T + model.variance_K()[k].item() * np.eye(
+        int(seen.sum())
+    )
     return float(multivariate_normal(mean, covariance).logpdf(panel.y[row][seen].numpy()))
 
 
@@ -96,7 +100,9 @@ def test_joint_density_adds_that_of_the_covariates_in_the_tables_units():
     natural = {name: value.detach().numpy() for name, value in model.natural().items()}
     x = (panel.experts @ torch.linalg.inv(model.expert_units).T).numpy()[:, 1:]
     for k in range(3):
-        density = multivariate_normal(natural["covariate_mean"][k], natural["covariate_covariance"][k]).logpdf(x)
+        density = multivariate_normal(
+            natural["covariate_mean"][k], natural["covariate_covariance"][k]
+        ).logpdf(x)
         scores = [plain_density(model, panel, row, k) for row in range(PERSONS)]
         np.testing.assert_allclose(model.log_density(panel)[:, k].detach(), density + scores, atol=1e-9)
 
@@ -139,7 +145,9 @@ def test_gradient_of_the_knot_is_smooth_across_an_occasion():
     values = []
     for knot in (2 - 1e-3, 2.0, 2 + 1e-3):
         with torch.no_grad():
-            model.bend.fill_(float(torch.logit((torch.tensor(knot) - model.bounds[0]) / model.bounds.diff()[0])))
+            model.bend.fill_(
+                float(torch.logit((torch.tensor(knot) - model.bounds[0]) / model.bounds.diff()[0]))
+            )
         (slope,) = torch.autograd.grad(model.log_likelihood(on_grid).sum(), model.bend)
         values.append(float(slope))
     assert np.isfinite(values).all()

@@ -61,9 +61,9 @@ def latent_kappa(model_a: "TrajectoryMoE", model_b: "TrajectoryMoE", frame: "pd.
     weights = [model.posterior(frame).weights for model in (model_a, model_b)]
     order = align_classes(*weights)
     a_T, b_T = weights[0].argmax(1), weights[1][:, order].argmax(1)
-    table_KK = torch.zeros(len(order), len(order), dtype=torch.float64)
-    table_KK.index_put_((a_T, b_T), torch.tensor(1 / len(a_T), dtype=torch.float64), accumulate=True)
-    agreed, expected = float(table_KK.trace()), float(table_KK.sum(0) @ table_KK.sum(1))
+    cells = (a_T * len(order) + b_T).bincount(minlength=len(order) ** 2)
+    table_KK = cells.view(len(order), len(order)).double() / len(a_T)
+    agreed, expected = float((a_T == b_T).double().mean()), float(table_KK.sum(0) @ table_KK.sum(1))
     return 1.0 if expected == 1 else (agreed - expected) / (1 - expected)
 
 

@@ -156,8 +156,8 @@ def _no_missing(column: "pd.Series[Any]", rows: Sequence[Any] | None) -> None:
 
 def _texts(column: "pd.Series[Any]", known: list[str], rows: Sequence[Any] | None) -> npt.NDArray[np.str_]:
     _no_missing(column, rows)
-    texts = np.array([str(value) for value in column])
+    texts = [str(value) for value in column]
     unseen = sorted({*texts} - {*known})
     if unseen:
         raise ValueError(f"covariate {column.name!r} is {unseen[0]!r}; fitted were {', '.join(known)}")
-    return texts
+    return np.array(texts)

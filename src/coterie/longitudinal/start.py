@@ -112,5 +112,5 @@ def cluster(
     standard_TF = standard_TF + jitter * rng.standard_normal(standard_TF.shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a cluster that stays empty; `start_from` makes do without it
-        labels_T: npt.NDArray[np.int64] = kmeans2(standard_TF, num_classes, minit="++", seed=rng)[1]
-    return labels_T
+        labels_T = kmeans2(standard_TF, num_classes, minit="++", seed=rng)[1]
+    return np.asarray(labels_T, dtype=np.int64)
