@@ -90,7 +90,7 @@ def test_information_criteria_are_their_formulas(model, frame):
 
 
 def test_one_linear_class_on_a_balanced_table_has_the_closed_form():
-    """Mean growth factors are means of the persons' own lines; their covariance is S / n, S the own lines'."""
+    """Means are those of the persons' own lines, with their standard errors."""
     rng = np.random.default_rng(0)
     t, own = np.arange(5.0), rng.multivariate_normal([3, 1], [[2, 0.3], [0.3, 0.5]], 150)
     y = own[:, :1] + own[:, 1:] * t + rng.normal(0, 0.7, (150, 5))
@@ -150,7 +150,7 @@ def test_joint_and_conditional_agree_for_one_class(frame):
     assert joint.summary_.loc[("class 1", "cov(ex1, ex2)"), "estimate"] == pytest.approx(
         covariance[0, 1], abs=1e-4
     )
-    with pytest.raises(ValueError, match="same data.*modelled covariates: ex1, ex2"):
+    with pytest.raises(ValueError, match=r"same data.*modelled covariates: ex1, ex2"):
         compare_fits({"joint": joint, "conditional": conditional})
 
 
@@ -326,11 +326,11 @@ def test_kappa_is_one_for_relabelled_classes_and_classes_align(model, frame):
 
 
 def test_a_knot_at_the_end_is_warned_about():
-    table = curves(
-        100, lambda t, b, e: 5 + e[0] + (2 + 0.2 * e[1]) * np.minimum(t, 6.6) + (4 + 0.5 * e[1]) * np.maximum(t - 6.6, 0),
-        bends=(0, 0), occasions=8,
-    )  # fmt: skip
-    with pytest.warns(UserWarning, match="knot of class 1, 6.* lies within one occasion of an end"):
+    def late(t, bend, e):
+        return 5 + e[0] + (2 + 0.2 * e[1]) * np.minimum(t, 6.6) + (4 + 0.5 * e[1]) * np.maximum(t - 6.6, 0)
+
+    table = curves(100, late, bends=(0, 0))
+    with pytest.warns(UserWarning, match=r"knot of class 1, 6.* lies within one occasion of an end"):
         TrajectoryMoE(1).fit(table)
 
 

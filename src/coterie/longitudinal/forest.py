@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.func import jacfwd
+from torch.func import grad, vmap
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from coterie.data import import_pandas
@@ -187,10 +187,13 @@ class SemForest:
     def _scores(self, panel: Panel, parameters_V: Tensor) -> _Array:
         """[T, V] derivative of each person's log-likelihood."""
 
-        def densities(flat_V: Tensor) -> Tensor:
-            return evaluate_at(self._model, flat_V, lambda moved: moved.log_density(panel)[:, 0])
+        def of_one(flat_V: Tensor, own: dict[str, Tensor]) -> Tensor:
+            person = Panel(**{name: tensor[None] for name, tensor in own.items()}, persons=(0,))
+            return evaluate_at(self._model, flat_V, lambda moved: moved.log_density(person)[0, 0])
 
-        return jacfwd(densities)(parameters_V).numpy()  # type: ignore[no-any-return]
+        tensors = {name: tensor for name, tensor in vars(panel).items() if name != "persons"}
+        scores_TV: _Array = vmap(grad(of_one), in_dims=(None, 0))(parameters_V, tensors).numpy()
+        return scores_TV
 
     def _log_likelihood(self, tree: Leaf | Split, panel: Panel, x_TD: _Array) -> float:
         """Per person, nats."""
