@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def entropy_index(weights_TK: Tensor) -> float:
-    """1 for certain classes, 0 for even ones: 1 - Σ -r log r / (T log K). NaN for one class.
+    """1 for certain classes (a single one is), 0 for even ones: 1 - Σ -r log r / (T log K).
 
     >>> entropy_index(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
     0.5
     """
     persons, classes = weights_TK.shape
     if classes == 1:
-        return float("nan")
+        return 1.0
     return 1 - float(torch.special.entr(weights_TK).sum()) / (persons * float(np.log(classes)))
 
 

@@ -28,7 +28,7 @@ class DegenerateClassError(ValueError):
 
 @dataclass(frozen=True)
 class Fit:
-    """The best optimum: model, whether it converged, log-likelihood of each start (NaN: degenerate)."""
+    """The best optimum: model, whether it converged; log-likelihoods of the starts that kept every class."""
 
     model: GrowthMixture
     converged: bool
@@ -67,7 +67,8 @@ def fit_mixture(
     rng = np.random.default_rng(random_state)
     maximize = {"lbfgs": maximize_directly, "em": maximize_by_em}[method]
     best, starts = None, []
-    for start in range(n_init if num_classes > 1 else 1):
+    tries = n_init if num_classes > 1 else 1
+    for start in range(tries):
         with torch.random.fork_rng(devices=[]):
             model = GrowthMixture(
                 curve,
@@ -87,12 +88,14 @@ def fit_mixture(
         with torch.no_grad():
             smallest = float(model.posterior(panel).importance.min()) / len(panel)
         kept = smallest >= _LEAST_SHARE and np.isfinite(optimum.log_likelihood)
-        starts.append(optimum.log_likelihood if kept else float("nan"))
-        if kept and (best is None or optimum.log_likelihood > best[1].log_likelihood):
+        if not kept:
+            continue
+        starts.append(optimum.log_likelihood)
+        if best is None or optimum.log_likelihood > best[1].log_likelihood:
             best = model, optimum
     if best is None:
         raise DegenerateClassError(
-            f"in each of {len(starts)} starts one of {num_classes} classes kept under 1% of {len(panel)} "
+            f"in each of {tries} starts one of {num_classes} classes kept under 1% of {len(panel)} "
             "persons; use fewer classes, or more starts (n_init)"
         )
     model, optimum = best

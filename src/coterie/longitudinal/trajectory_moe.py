@@ -68,9 +68,9 @@ class TrajectoryMoE:
     Scores may be missing (every occasion that was observed counts); covariates and times of scores may not.
 
     After `fit`: `summary_` (estimates, standard errors, 95% intervals), `log_likelihood_`, `bic_`, `aic_`,
-    `entropy_`, `expert_usage_` [K] shares of the classes, `starts_` log-likelihoods of the starts,
-    `converged_`, `model_`. Classes are numbered from 1, by knot (rate, decay) or else by mean height of
-    their curve.
+    `entropy_`, `expert_usage_` [K] shares of the classes, `starts_` log-likelihoods of the starts that kept
+    every class, `converged_`, `model_`. Classes are numbered from 1, by knot (rate, decay) or else by mean
+    height of their curve.
 
     Raises:
         ValueError: bad options, or what `read_panel` raises about the table.
@@ -134,7 +134,7 @@ class TrajectoryMoE:
 
     def predict_proba(self, frame: "pd.DataFrame") -> _Array:
         """[T, K] probability of each class given a person's scores and covariates."""
-        return self.posterior(frame).weights.numpy()  # type: ignore[no-any-return]
+        return self.posterior(frame).weights.numpy()
 
     def posterior(self, frame: "pd.DataFrame") -> Routing:
         """The same as a routing of persons to classes, for everything that reads routings."""
@@ -150,10 +150,6 @@ class TrajectoryMoE:
         """-2 log-likelihood + parameters · log persons, of any table; lower is better."""
         persons = len(self._panel(frame))
         return -2 * self.score(frame) * persons + self.num_parameters_ * float(np.log(persons))
-
-    def aic(self, frame: "pd.DataFrame") -> float:
-        """-2 log-likelihood + 2 · parameters, of any table; lower is better."""
-        return -2 * self.score(frame) * len(self._panel(frame)) + 2 * self.num_parameters_
 
     def growth_factors(self, frame: "pd.DataFrame") -> "pd.DataFrame":
         """Empirical Bayes growth factors, one row per person: means over classes, weighted by the posterior.
