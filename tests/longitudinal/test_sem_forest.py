@@ -41,7 +41,7 @@ def test_nothing_is_split_where_nothing_matters_or_leaves_would_be_too_small():
     quiet = SemForest("linear", n_trees=2, depth=2, alpha=1e-3).fit(table, ["noise"])
     assert all(isinstance(tree, Leaf) for tree in quiet.trees_)
     assert quiet.importances_["noise"] == 0
-    small = SemForest("linear", n_trees=2, min_leaf=100).fit(table, ["school"])
+    small = SemForest("linear", n_trees=2, min_leaf=76).fit(table, ["school"])
     assert all(isinstance(tree, Leaf) for tree in small.trees_)
 
 
@@ -69,6 +69,8 @@ def test_the_forest_is_deterministic_and_leaves_torch_alone():
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="no covariates"):
         SemForest("linear").fit(make_table(), [])
+    with pytest.raises(ValueError, match="240 persons for leaves of min_leaf=100"):
+        SemForest("linear", min_leaf=100).fit(make_table(), ["age"])
     with pytest.raises(ValueError, match="n_trees=0"):
         SemForest("linear", n_trees=0)
     with pytest.raises(ValueError, match="curve='line'"):

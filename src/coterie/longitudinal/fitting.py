@@ -69,18 +69,17 @@ def fit_mixture(
     best, starts = None, []
     tries = n_init if num_classes > 1 else 1
     for start in range(tries):
-        with torch.random.fork_rng(devices=[]):
-            model = GrowthMixture(
-                curve,
-                num_classes,
-                gate_units=torch.from_numpy(gate_units),
-                expert_units=torch.from_numpy(expert_units),
-                scale=torch.from_numpy(found.scale),
-                times=panel.time_range,
-                num_tvc=panel.tvc.shape[2],
-                least_variance=1e-4 * found.variance,
-                joint=joint,
-            )
+        model = GrowthMixture(
+            curve,
+            num_classes,
+            gate_units=torch.from_numpy(gate_units),
+            expert_units=torch.from_numpy(expert_units),
+            scale=torch.from_numpy(found.scale),
+            times=panel.time_range,
+            num_tvc=panel.tvc.shape[2],
+            least_variance=1e-4 * found.variance,
+            joint=joint,
+        )
         _check_size(model, panel)
         labels_T = cluster(points_TF, num_classes, rng, jitter=0.5 if start else 0.0)
         start_from(model, panel, found, labels_T)

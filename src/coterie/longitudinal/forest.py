@@ -108,6 +108,10 @@ class SemForest:
         design = Covariates(" + ".join(covariates))
         panel = read_panel(frame, Layout(self.y, self.t, self.person), design, Covariates(""), learn=True)
         check_panel(panel, CURVES[self.curve])
+        if len(panel) < 3 * self.min_leaf:  # a tree sees 63%, and two leaves have to fit in
+            raise ValueError(
+                f"{len(panel)} persons for leaves of min_leaf={self.min_leaf}; give three times as many or more"
+            )
         x_TD = panel.gate[:, 1:].numpy()
         owner_D = [
             next(c for c in covariates if name == c or name.startswith(f"{c}=")) for name in design.names[1:]

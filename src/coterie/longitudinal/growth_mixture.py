@@ -60,7 +60,10 @@ class GrowthMixture(nn.Module):
             ("least_variance", torch.tensor(least_variance, dtype=torch.float64)),
         ):
             self.register_buffer(name, value)
-        self.router = Router(ReferenceExpert(LinearScore(len(gate_units), num_classes - 1)), Dense()).double()
+        with torch.random.fork_rng(devices=[]):  # a scorer draws weights; here they start at zero
+            score = LinearScore(len(gate_units), num_classes - 1).double()
+        nn.init.zeros_(score.weight)
+        self.router = Router(ReferenceExpert(score), Dense())
 
         def zeros(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(num_classes, *shape, dtype=torch.float64))
