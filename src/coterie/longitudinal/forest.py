@@ -110,7 +110,7 @@ class SemForest:
         check_panel(panel, CURVES[self.curve])
         if len(panel) < 3 * self.min_leaf:  # a tree sees 63%, and two leaves have to fit in
             raise ValueError(
-                f"{len(panel)} persons for leaves of min_leaf={self.min_leaf}; give three times as many or more"
+                f"{len(panel)} persons for leaves of min_leaf={self.min_leaf}; give three times as many"
             )
         x_TD = panel.gate[:, 1:].numpy()
         owner_D = [
