@@ -203,9 +203,9 @@ def test_an_m_step_never_lowers_the_expected_log_likelihood():
     panel = make_panel()
     model = make_model(panel, classes=2)
     weights = model.posterior(panel).weights.detach()
-    before = float((weights * model.log_joint(panel)).sum())
+    before = (weights * model.log_joint(panel)).sum().item()
     start = parameters_to_vector(model.parameters()).detach().clone()
     m_step(model, panel, weights, iterations=3)
-    assert float((weights * model.log_joint(panel)).sum()) > before
+    assert (weights * model.log_joint(panel)).sum().item() > before
     vector_to_parameters(start, model.parameters())
-    assert float((weights * model.log_joint(panel)).sum()) == pytest.approx(before)
+    assert (weights * model.log_joint(panel)).sum().item() == pytest.approx(before)
