@@ -20,6 +20,7 @@ from coterie.nn import (
     PermuteExperts,
     PreviousLogits,
     RandomRouter,
+    ReferenceExpert,
     RemapScores,
     Router,
     Routing,
@@ -39,6 +40,7 @@ SCORES = {
     "jitter": lambda: InputJitter(LinearScore(8, 6), eps=0.1),
     "permuted": lambda: PermuteExperts(CosineScore(8, 6), torch.tensor([5, 3, 1, 0, 2, 4])),
     "remapped": lambda: RemapScores(LinearScore(8, 4), torch.rand(6, 4)),
+    "reference": lambda: ReferenceExpert(LinearScore(8, 5)),
     "some": lambda: MaskExperts(LinearScore(8, 6), torch.tensor([True, False, True, True, False, True])),
     "residual": lambda: PreviousLogits(LinearScore(8, 6)),
     "mixed over tokens": lambda: MixTokens(LinearScore(8, 6), SimilarityAffinity(8, causal=False)),
@@ -329,3 +331,11 @@ def test_capacity_for_training_only_drops_nothing_in_evaluation():
     router = LimitCapacity(Router(LinearScore(8, 6), TopK(2)), 0.5, training_only=True)
     assert int(router(torch.randn(30, 8)).dropped.sum()) > 0
     assert int(router.eval()(torch.randn(30, 8)).dropped.sum()) == 0
+
+
+def test_a_dense_router_with_a_reference_expert_is_a_multinomial_logit():
+    score = LinearScore(8, 1, bias=True)
+    x = torch.randn(5, 8)
+    weights = Router(ReferenceExpert(score), Dense())(x).weights
+    torch.testing.assert_close(weights[:, 1], score(x)[:, 0].sigmoid())
+    torch.testing.assert_close(weights.log().diff(dim=1), score(x))  # log odds against the reference

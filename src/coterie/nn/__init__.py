@@ -40,6 +40,7 @@ from coterie.nn.score import (
     MLPScore,
     PermuteExperts,
     PreviousLogits,
+    ReferenceExpert,
     RemapScores,
 )
 from coterie.nn.select import Dense, ExpertChoice, Threshold, TopK, TopP
@@ -87,6 +88,7 @@ __all__ = [
     "PlainResidual",
     "PreviousLogits",
     "RandomRouter",
+    "ReferenceExpert",
     "RemapScores",
     "Residual",
     "Router",

@@ -185,6 +185,24 @@ class PreviousLogits(_Wrapper):
         return logits_TE + F.linear(previous_TE.to(logits_TE), self.weight.to(logits_TE))
 
 
+class ReferenceExpert(_Wrapper):
+    """One more expert, in front, whose logit is always 0: the reference category of a multinomial logit.
+
+    A softmax over free logits has one set of parameters too many; with a reference there is one optimum, and
+    an inner logit reads as the log odds of its expert against the reference.
+
+    >>> ReferenceExpert(LinearScore(4, 2))(torch.randn(5, 4))[:, 0].tolist()
+    [0.0, 0.0, 0.0, 0.0, 0.0]
+    """
+
+    def __init__(self, score: Scorer) -> None:
+        super().__init__(score)
+        self.num_experts = score.num_experts + 1
+
+    def forward(self, x_TD: Tensor, **context: Any) -> Tensor:
+        return F.pad(self.score(x_TD, **context), (1, 0))
+
+
 class PermuteExperts(_Wrapper):
     """Relabels experts: expert `permutation[i]` of the inner scorer is expert i here."""
 
