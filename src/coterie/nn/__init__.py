@@ -13,6 +13,8 @@ from coterie.nn.depth import (
     robust_momentum,
 )
 from coterie.nn.experts import ConcatExperts, Experts, MLPExperts, ModuleExperts, SwiGLUExperts
+from coterie.nn.grow import append_experts, bias_for_share, hold_experts, keep_experts
+from coterie.nn.linear_experts import LinearExperts
 from coterie.nn.mix_tokens import MixTokens
 from coterie.nn.moe import MLP, Gated, MoE, SwiGLU
 from coterie.nn.monitor import Monitor, StabilityTracker, fluctuation
@@ -64,6 +66,7 @@ __all__ = [
     "InputJitter",
     "LearnedPermutation",
     "LimitCapacity",
+    "LinearExperts",
     "LinearScore",
     "LogitNoise",
     "MLPExperts",
@@ -98,9 +101,13 @@ __all__ = [
     "TreeRouter",
     "TreeScore",
     "ZeroCostExperts",
+    "append_experts",
     "balance",
+    "bias_for_share",
     "curvatures",
     "fluctuation",
+    "hold_experts",
+    "keep_experts",
     "parameters_per_expert",
     "permutation_entropy",
     "robust_momentum",
