@@ -123,7 +123,10 @@ def test_a_new_expert_gets_the_share_it_is_given(share, seed):
         (lambda s: keep_experts(s, []), "at least one"),
         (lambda s: keep_experts(s, [1, 1]), "distinct ones of 0 … 3"),
         (lambda s: keep_experts(s, [4]), "distinct ones of 0 … 3"),
-        (lambda s: append_experts(MoE(s, MLPExperts(4, 3, 2)), {}), "MoE has no parameter with a row per expert"),
+        (
+            lambda s: append_experts(MoE(s, MLPExperts(4, 3, 2)), {}),
+            "MoE has no parameter with a row per expert",
+        ),
         (lambda s: bias_for_share(torch.zeros(2, 2), torch.zeros(2), 1.0), "0 < share < 1"),
     ],
 )

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-def append_experts(
-    module: nn.Module, rows: Mapping[str, Tensor], optimizer: Optimizer | None = None
-) -> None:
+def append_experts(module: nn.Module, rows: Mapping[str, Tensor], optimizer: Optimizer | None = None) -> None:
     """Adds experts at the end of a bank or a scorer.
 
     Args:
