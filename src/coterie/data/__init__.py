@@ -2,6 +2,7 @@
 
 from coterie.data.batches import ShuffledBatches, whole_batches
 from coterie.data.corruption import attack_tokens, corrupt_images
+from coterie.data.decisions import COMPAS_FEATURES, MORTGAGE_FEATURES, compas, mortgages
 from coterie.data.domain_markov import domain_markov
 from coterie.data.files import Span, find_text, split_by_file, stdlib_sources
 from coterie.data.images import digits, read_digits
@@ -10,7 +11,9 @@ from coterie.data.text import ByteCorpus, ByteWindows
 from coterie.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, byte_tokenizer
 
 __all__ = [
+    "COMPAS_FEATURES",
     "END_OF_TEXT",
+    "MORTGAGE_FEATURES",
     "VOCAB_SIZE",
     "ByteCorpus",
     "ByteWindows",
@@ -20,11 +23,13 @@ __all__ = [
     "attack_tokens",
     "byte_tokenizer",
     "check_columns",
+    "compas",
     "corrupt_images",
     "digits",
     "domain_markov",
     "find_text",
     "import_pandas",
+    "mortgages",
     "read_digits",
     "read_table",
     "split_by_file",

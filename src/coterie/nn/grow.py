@@ -84,8 +84,10 @@ def hold_experts(module: nn.Module, held: Sequence[int], optimizer: Optimizer) -
 
     Raises ValueError for a repeated or an unknown expert.
     """
-    if held:
-        check_experts(module, held)
+    if not held:
+        yield
+        return
+    check_experts(module, held)
     before = [(p, p.detach()[[*held]].clone()) for p in _expert_parameters(module).values()]
 
     def restore(*_: Any) -> None:

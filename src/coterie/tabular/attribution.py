@@ -3,6 +3,7 @@
 Letters: T rows, E experts, D features, C columns (a one-hot column is several features).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -147,3 +148,35 @@ def sampled_shapley(
                 phi[:, column] += after - before
                 before = after
     return Sampled(phi / (2 * drawn), first[0] if len(first) else first.new_zeros(first.shape[1:]))
+
+
+def enumerated_shapley(
+    value: Callable[[Tensor], Tensor], x_TD: Tensor, background_D: Tensor, blocks: Sequence[Sequence[int]]
+) -> Tensor:
+    """Shapley values of any function by its definition, [T, C], with 2^C evaluations per row.
+
+    Args:
+        value: [n, D] → [n].
+        x_TD: rows to explain.
+        background_D: what an absent column is set to.
+        blocks: features of each of the C columns.
+
+    Source: Shapley 1953.
+
+    >>> product = lambda z: z[:, 0] * z[:, 1]
+    >>> enumerated_shapley(product, torch.tensor([[2.0, 3.0]]), torch.zeros(2), [[0], [1]])
+    tensor([[3., 3.]])
+    """
+    columns = len(blocks)
+    present_SC = torch.cartesian_prod(*[torch.tensor([False, True])] * columns).view(-1, columns)
+    feature_SD = torch.zeros(len(present_SC), x_TD.shape[1], dtype=torch.bool)
+    for column, block in enumerate(blocks):
+        feature_SD[:, list(block)] = present_SC[:, column : column + 1]
+    size_S = present_SC.sum(1)
+    # |S|! (C - |S| - 1)! / C!, the share of orders in which a column comes right after just the coalition S
+    chance = [1 / (columns * math.comb(columns - 1, size)) for size in range(columns)]
+    joined_SC = torch.tensor([0.0, *chance], dtype=x_TD.dtype)[size_S].unsqueeze(1)
+    absent_SC = torch.tensor([*chance, 0.0], dtype=x_TD.dtype)[size_S].unsqueeze(1)
+    weight_SC = torch.where(present_SC, joined_SC, -absent_SC)
+    values_TS = torch.stack([value(torch.where(feature_SD, x_D, background_D)) for x_D in x_TD])
+    return values_TS @ weight_SC

@@ -67,7 +67,7 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
         l2: weight of the squared weights of experts and gate.
         random_state: an integer for the same result each time. torch's own generator is not used.
 
-    After fitting: `classes_`; `n_experts_`; `expert_usage_` [E], mean share of the gate in the last chunk;
+    After fitting: `classes_`; `n_experts_`; `coef_` [E, D] and `intercept_` [E] of the experts; `expert_usage_` [E], mean share of the gate in the last chunk;
     `columns_`, the columns that `explain` speaks of, and `features_`, what they became; `background_` [D], the
     features' mean over everything seen; `history_`, a dict per chunk: accuracy and gap before it was learnt from
     and after, which drift there was, whether an expert was added, removed or merged, and experts afterwards.
@@ -182,6 +182,10 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
         log_odds_T = self._mixed(X).log_odds_T
         return torch.stack([(-log_odds_T).sigmoid(), log_odds_T.sigmoid()], 1).numpy()
 
+    def encode(self, X: Any) -> NDArray[np.float64]:
+        """[n, D] the features that experts and gate see, in the order of `features_`."""
+        return self._features(X).numpy()
+
     def gate_weights(self, X: Any) -> NDArray[np.float64]:
         """[n, E] how much each expert has to say about each row."""
         return self._mixed(X).routing.weights.numpy()
@@ -274,6 +278,16 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
     @property
     def n_experts_(self) -> int:
         return self._mixture.model.num_experts
+
+    @property
+    def coef_(self) -> NDArray[np.float64]:
+        return self._mixture.model.experts.weight.detach().squeeze(1).numpy().copy()
+
+    @property
+    def intercept_(self) -> NDArray[np.float64]:
+        bias = self._mixture.model.experts.bias
+        assert bias is not None
+        return bias.detach().squeeze(1).numpy().copy()
 
     @property
     def expert_usage_(self) -> NDArray[np.float64]:
