@@ -39,8 +39,9 @@ def mortgages(frame: "pd.DataFrame", sensitive: str = "derived_race") -> "pd.Dat
 
     >>> pd = import_pandas()
     >>> rows = {"action_taken": [1, 3, 6], "loan_amount": [205000, 95000, 1], "income": [74, None, 1]}
-    >>> rows |= {"debt_to_income_ratio": ["20%-<30%", ">60%", "36"], "loan_to_value_ratio": ["80.1", "Exempt", "1"]}
-    >>> mortgages(pd.DataFrame(rows | {"derived_race": ["White", "Asian", "White"]})).values.tolist()
+    >>> rows |= {"debt_to_income_ratio": ["20%-<30%", ">60%", "36"]}
+    >>> rows |= {"loan_to_value_ratio": ["80.1", "Exempt", "1"], "derived_race": ["White", "Asian", "White"]}
+    >>> mortgages(pd.DataFrame(rows)).values.tolist()
     [[205000.0, 74.0, 25.0, 80.1, 'White', 1], [95000.0, nan, 60.0, nan, 'Asian', 0]]
     """
     pd = import_pandas()

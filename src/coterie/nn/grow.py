@@ -1,8 +1,8 @@
 """Experts that come and go: rows of banks and scorers are appended, kept, and held still while others learn.
 
 A bank or a scorer is grown as one: any module with `num_experts` E whose own parameters have E rows, such as
-`LinearScore`, `LinearExperts`, `MLPExperts`, `SwiGLUExperts`. An optimiser that is given follows: it goes on with
-the moments of the rows that stay, and new rows start with none.
+`LinearScore`, `LinearExperts`, `MLPExperts`, `SwiGLUExperts`. An optimiser that is given follows: it goes on
+with the moments of the rows that stay, and new rows start with none.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,19 +1,22 @@
 """A stream of 12 chunks of 1500 rows whose seventh brings a drift that opens a gap between groups.
 
-Six normal features; the sign of the sixth says which of two linear rules holds, so that no single linear model
-fits. 35% of rows belong to group 1. From chunk 7 on, that group's third feature is lower by 0.8, and beside that
-its log-odds by 0.8, while the other group's rise by 0.3. Everything is scored chunk by chunk before it is learnt
-from: "before" is chunks 2 to 6, "at" chunk 7, the rest chunks 8 to 12. Gaps are of hard decisions.
+Six normal features; the sign of the sixth says which of two linear rules holds, so that no single linear
+model fits. 35% of rows belong to group 1. From chunk 7 on, that group's third feature is lower by 0.8, and
+beside that its log-odds by 0.8, while the other group's rise by 0.3. Everything is scored chunk by chunk
+before it is learnt from: "before" is chunks 2 to 6, "at" chunk 7, the rest chunks 8 to 12. Gaps are of hard
+decisions.
 
-Every model takes 150 full-batch steps of Adam per chunk, at 0.05 (the net, 6-32-1, at 0.01). `lr` is one expert,
-which never grows; `frozen` is fitted to the first chunk, with λ = 1, and left as it is. `feamoe` begins with 2
-experts and may have 6; λ weighs the demographic parity penalty. `odds` and `burden` are the other two measures,
-each with its penalty and without. `explain` compares the closed form with the definition of Shapley values on a
-mixture fitted to one chunk: all 2^6 coalitions of 50 rows, and the time per row at 12 columns.
+Every model takes 150 full-batch steps of Adam per chunk, at 0.05 (the net, 6-32-1, at 0.01). `lr` is one
+expert, which never grows; `frozen` is fitted to the first chunk, with λ = 1, and left as it is. `feamoe`
+begins with 2 experts and may have 6; λ weighs the demographic parity penalty. `odds` and `burden` are the
+other two measures, each with its penalty and without. `explain` compares the closed form with the definition
+of Shapley values on a mixture fitted to one chunk: all 2^6 coalitions of 50 rows, and the time per row at 12
+columns.
 
-The paper's data are mortgage applications (HMDA); of its method, its abstract was at hand. With --data, a Loan
-Application Register or COMPAS takes the stream's place, in the order of `activity_year` or of the file, in chunks
-of 1500 rows, or 24 chunks if they are more; the drift is then where the second year begins, or the middle.
+The paper's data are mortgage applications (HMDA); of its method, its abstract was at hand. With --data, a
+Loan Application Register or COMPAS takes the stream's place, in the order of `activity_year` or of the file,
+in chunks of 1500 rows, or 24 chunks if they are more; the drift is then where the second year begins, or the
+middle.
 """
 
 import math
@@ -42,10 +45,10 @@ CARD = Card(
     venue="IJCAI 2023, arXiv 2210.04995",
     area="tabular",
     methods=("linear experts", "group fairness", "concept drift", "growing experts", "Shapley values"),
-    problem="Can a classifier stay accurate and fair while accuracy or fairness drifts, and say why it decides?",
-    headline="Mixtures of linear experts reach the accuracy of neural networks and are fairer; on HMDA they handle "
-    "drift of accuracy and of fairness, for three measures; their Shapley values are fast. (No figures in the "
-    "abstract.)",
+    problem="Can a classifier stay accurate and fair while either drifts, and say why it decides so?",
+    headline="Mixtures of linear experts reach the accuracy of neural networks and are fairer; on HMDA they "
+    "handle drift of accuracy and of fairness, for three measures; their Shapley values are fast. (The "
+    "abstract has no figures.)",
 )
 SEEDS = 5
 

@@ -85,8 +85,8 @@ def linear_shapley(weight_ED: Tensor, x_TD: Tensor, background_D: Tensor) -> Ten
 def gate_weighted(gate_TE: Tensor, phi_TED: Tensor) -> Tensor:
     """What each expert contributes to the mixture's Shapley values: g_i φ_j^i, [T, E, D].
 
-    Shapley values are linear in the model, so with the gate held at its value those of the mixture are the sum
-    over experts, whatever the experts are, as long as their own Shapley values are known.
+    Shapley values are linear in the model, so with the gate held at its value those of the mixture are the
+    sum over experts, whatever the experts are, as long as their own Shapley values are known.
 
     Source: Sharma et al. 2023 (FEAMOE).
     """

@@ -1,7 +1,8 @@
 """Group fairness: gaps between groups of decisions, and the same as differentiable penalties.
 
-A gap is the largest less the smallest value over groups; with two groups the absolute difference. A group (or a
-group's rows of one label) without rows has no value and is left out; with fewer than two values the gap is NaN.
+A gap is the largest less the smallest value over groups; with two groups the absolute difference. A group (or
+a group's rows of one label) without rows has no value and is left out; with fewer than two values the gap is
+NaN.
 """
 
 from collections.abc import Callable, Sequence

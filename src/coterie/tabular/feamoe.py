@@ -1,11 +1,9 @@
 """FEAMOE: logistic experts behind a gate, fair by a penalty, grown when accuracy or fairness drifts.
 
-Source: Sharma, Henderson, Ghosh 2023, "FEAMOE: Fair, Explainable and Adaptive Mixture of Experts" (IJCAI). Its
-abstract fixes the idea; formulas and thresholds are this project's reading of it.
+Source: Sharma, Henderson, Ghosh 2023, "FEAMOE: Fair, Explainable and Adaptive Mixture of Experts" (IJCAI).
+    Its abstract fixes the idea; formulas and thresholds are this project's reading of it.
 """
 
-import math
-import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,48 +16,51 @@ from coterie.data import TableEncoder
 from coterie.models import load_estimator, save_estimator
 from coterie.tabular import inputs  # first: it says what to install where scikit-learn is missing
 from coterie.tabular.attribution import Explanation, explain_with_gate, explain_with_gate_held
-from coterie.tabular.fairness import METRICS, Fairness, GroupGap, penalty
-from coterie.tabular.growth import GrowingMixture, NewExpert, fit_expert, unfair_errors
-from coterie.tabular.linear_mixture import Mix, Mixed, classification_loss
+from coterie.tabular.fairness import Fairness, GroupGap
+from coterie.tabular.growth import GrowingMixture
+from coterie.tabular.linear_mixture import Mix, Mixed
+from coterie.tabular.prequential import PrequentialLearner, number_groups
 
 from sklearn.base import BaseEstimator, ClassifierMixin  # isort: skip
 from sklearn.utils import check_random_state  # isort: skip
 from sklearn.utils.validation import check_is_fitted  # isort: skip
 
-FEWEST_ROWS = 20  # of a group in a chunk; below that its rates say nothing
-
 
 class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
     """A binary classifier that is a gated mixture of logistic regressions: fair, adaptive, explained exactly.
 
-    `partial_fit` scores each chunk before it learns from it. Where accuracy fell by more than `eps_acc`, or the
-    gap between groups rose by more than `eps_fair`, against what they were after the mixture last grew, it adds an
-    expert. `explain` gives exact Shapley values of each decision's score, at the price of one multiplication.
+    `partial_fit` scores each chunk before it learns from it. Where accuracy fell by more than `eps_acc`, or
+    the gap between groups rose by more than `eps_fair`, against what they were after the mixture last grew,
+    it adds an expert. `explain` gives exact Shapley values of each decision's score, at the price of one
+    multiplication.
 
     Frames are taken as they are: numbers are standardised, texts and categories become one-hot features, a
-    missing number is the mean and says so in a feature of its own, an unseen category is no category; all as the
-    first chunk had them. An array has numbers.
+    missing number is the mean and says so in a feature of its own, an unseen category is no category; all as
+    the first chunk had them. An array has numbers.
 
     Args:
         n_experts: to begin with.
         max_experts: at most; when there is no room, the least used over three chunks goes.
-        fairness: the gap between groups that is penalised and watched: "dp" demographic parity, "eo" equalized
-            odds, "burden" the distance of the rejected to a favourable decision; None for none. Demographic
-            parity and equalized odds contradict each other where base rates differ; there is one at a time.
+        fairness: the gap between groups that is penalised and watched: "dp" demographic parity, "eo"
+            equalized odds, "burden" the distance of the rejected to a favourable decision; None for none.
+            Demographic parity and equalized odds contradict each other where base rates differ; there is one
+            at a time.
         lam: weight of the penalty, at least 0; with 0 the gap is only watched.
         group_gap: with more than two groups, "range" penalises the largest less the smallest mean, "variance"
             the sum of squared deviations from the overall mean.
         eps_acc: fall of accuracy that counts as drift; infinity for never.
         eps_fair: rise of the gap that counts as drift, in the gap's units; infinity for never.
-        refit: "all" trains every expert on each chunk; "new", once the mixture has grown, only the newest and the
-            gate, and leaves experts that were audited as they are.
+        refit: "all" trains every expert on each chunk; "new", once the mixture has grown, only the newest and
+            the gate, and leaves experts that were audited as they are.
         update: "always" trains on every chunk, "on_drift" only on those with drift.
-        new_expert: what a new one starts from: "random" small weights, or a fit to the "errors": after accuracy
-            drift the rows that are decided wrongly, otherwise false negatives of the group with the fewest
-            favourable decisions and false positives of the others.
-        merge: experts whose weights have a cosine above this become one when the mixture grows; None for never.
+        new_expert: what a new one starts from: "random" small weights, or a fit to the "errors": after
+            accuracy drift the rows that are decided wrongly, otherwise false negatives of the group with the
+            fewest favourable decisions and false positives of the others.
+        merge: experts whose weights have a cosine above this become one when the mixture grows; None for
+            never.
         mix: "prob" mixes probabilities, "logit" scores.
-        loss: "mixture" is the cross-entropy of the mixture, "localized" the gate-weighted sum of the experts' own.
+        loss: "mixture" is the cross-entropy of the mixture, "localized" the gate-weighted sum of the experts'
+            own.
         favourable: the class that a person would want; None for the larger one. Burden depends on it.
         chunk_size: about how many rows at a time `fit` goes through, in their order; None for all at once.
         n_iter: full-batch steps of Adam per chunk.
@@ -67,15 +68,16 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
         l2: weight of the squared weights of experts and gate.
         random_state: an integer for the same result each time. torch's own generator is not used.
 
-    After fitting: `classes_`; `n_experts_`; `coef_` [E, D] and `intercept_` [E] of the experts; `expert_usage_` [E], mean share of the gate in the last chunk;
-    `columns_`, the columns that `explain` speaks of, and `features_`, what they became; `background_` [D], the
-    features' mean over everything seen; `history_`, a dict per chunk: accuracy and gap before it was learnt from
-    and after, which drift there was, whether an expert was added, removed or merged, and experts afterwards.
+    After fitting: `classes_`; `n_experts_`; `coef_` [E, D] and `intercept_` [E] of the experts;
+    `expert_usage_` [E], mean share of the gate in the last chunk; `columns_`, the columns that `explain`
+    speaks of, and `features_`, what they became; `background_` [D], the features' mean over everything seen;
+    `history_`, a dict per chunk: accuracy and gap before it was learnt from and after, which drift there was,
+    whether an expert was added, removed or merged, and experts afterwards.
 
-    Raises (from fit and partial_fit) ValueError: an argument out of range, labels of one or more than two classes,
-    no `sensitive` although a gap is watched, one that is constant or misses a value, an infinite number. Warns of
-    a group with fewer than 20 rows in a chunk, which is left out of the gap, and of a penalty so strong that
-    nearly all decisions are alike.
+    Raises (from fit and partial_fit) ValueError: an argument out of range, labels of one or more than two
+    classes, no `sensitive` although a gap is watched, one that is constant or misses a value, an infinite
+    number. Warns of a group with fewer than 20 rows in a chunk, which is left out of the gap, and of a
+    penalty so strong that nearly all decisions are alike.
 
     Source: Sharma et al. 2023.
 
@@ -165,7 +167,7 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
             sensitive: [n] the group of each row; groups may come and go between chunks.
             classes: the two classes, for a first chunk in which one is missing.
         """
-        first = not hasattr(self, "classes_")
+        first = not hasattr(self, "background_")
         frame = inputs.as_frame(self, X, reset=first)
         if first:
             self._start(inputs.binary_classes(y if classes is None else classes)[1])
@@ -195,7 +197,7 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
 
         max(0, -S(x)) / |Σ g_i w_i|, with the gate held at its value at x.
         """
-        return self._distance(self._mixed(X)).numpy()
+        return self._learner.distance(self._mixed(X)).numpy()
 
     @torch.no_grad()
     def explain(
@@ -206,10 +208,10 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
         include_gate: bool = False,
         n_permutations: int = 100,
     ) -> Explanation:
-        """Shapley values of the score S(x) = Σ g_i(x) s_i(x), the log-odds of the second class for `mix="logit"`.
+        """Shapley values of the score S(x) = Σ g_i(x) s_i(x); with `mix="logit"` it is the log-odds.
 
-        With the gate held at its value at x they are exact, φ_j = Σ_i g_i w_ij (x_j - μ_j), against the mean of
-        all that was learnt from, taking columns to be independent. They are on the scale of the score also
+        With the gate held at its value at x they are exact, φ_j = Σ_i g_i w_ij (x_j - μ_j), against the mean
+        of all that was learnt from, taking columns to be independent. They are on the scale of the score also
         where probabilities are mixed, and leave out that the gate itself depends on x.
 
         Args:
@@ -220,18 +222,18 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
             n_permutations: how many orders, with `include_gate`.
         """
         inputs.check_choice("by", by, ("column", "feature"))
-        x_TD, model = self._features(X), self._mixture.model
+        x_TD, model = self._features(X), self._learner.mixture.model
         named = self._encoder.source if by == "column" else self.features_
         columns = self.columns_ if by == "column" else self.features_
         blocks = [[j for j, name in enumerate(named) if name == column] for column in columns]
         background_D = torch.from_numpy(self.background_)
         if include_gate:
-            generator = torch.Generator().manual_seed(self._mixture.seed)
+            generator = torch.Generator().manual_seed(self._learner.mixture.seed)
             return explain_with_gate(model, x_TD, background_D, blocks, n_permutations, generator)
         return explain_with_gate_held(model, x_TD, background_D, blocks)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes everything, the optimiser included, as JSON and safetensors; `load` goes on where it stopped.
+        """Writes everything, the optimiser included, as JSON and safetensors; `load` goes on from there.
 
         Raises ValueError when the folder holds something else, or `random_state` is a generator.
         """
@@ -246,15 +248,15 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
             "named": hasattr(self, "feature_names_in_"),
             "n_features_in": self.n_features_in_,
             "n_experts": self.n_experts_,
-            "seed": self._mixture.seed,
-            "chunks": self._mixture.chunks,
-            "shares": self._mixture.shares,
+            "seed": self._learner.mixture.seed,
+            "chunks": self._learner.mixture.chunks,
+            "shares": self._learner.mixture.shares,
             "rows": self._rows,
-            "reference": self._reference,
-            "history": self.history_,
+            "reference": self._learner.reference,
+            "history": self._learner.history,
         }
         plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in parameters.items()}
-        tensors = {**self._mixture.tensors(), "background": torch.from_numpy(self.background_)}
+        tensors = {**self._learner.mixture.tensors(), "background": torch.from_numpy(self.background_)}
         return save_estimator(folder, type(self).__name__, parameters=plain, learnt=learnt, tensors=tensors)
 
     @classmethod
@@ -262,36 +264,40 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
         """The estimator that `save` wrote. ValueError for a folder that it did not write."""
         parameters, learnt, tensors = load_estimator(folder, cls.__name__)
         self = cls(**parameters)
-        self.classes_ = np.array(learnt["classes"], dtype=learnt["dtype"])
+        self._start(np.array(learnt["classes"], dtype=learnt["dtype"]))
+        self._rows = learnt["rows"]
+        self._learner.history, self._learner.reference = learnt["history"], learnt["reference"]
         self._encoder = TableEncoder.from_dict(learnt["encoder"])
         self.n_features_in_ = learnt["n_features_in"]
         if learnt["named"]:
             self.feature_names_in_ = np.array(self._encoder.columns, dtype=object)
-        self._rows, self._reference = learnt["rows"], learnt["reference"]
-        self.history_ = learnt["history"]
         self.background_ = tensors["background"].numpy()
-        self._mixture = self._new_mixture(learnt["n_experts"], seed=learnt["seed"])
-        self._mixture.chunks, self._mixture.shares = learnt["chunks"], learnt["shares"]
-        self._mixture.load_tensors(tensors)
+        self._learner.mixture = self._new_mixture(learnt["n_experts"], seed=learnt["seed"])
+        self._learner.mixture.chunks, self._learner.mixture.shares = learnt["chunks"], learnt["shares"]
+        self._learner.mixture.load_tensors(tensors)
         return self
 
     @property
+    def history_(self) -> list[dict[str, Any]]:
+        return self._learner.history
+
+    @property
     def n_experts_(self) -> int:
-        return self._mixture.model.num_experts
+        return self._learner.mixture.model.num_experts
 
     @property
     def coef_(self) -> NDArray[np.float64]:
-        return self._mixture.model.experts.weight.detach().squeeze(1).numpy().copy()
+        return self._learner.mixture.model.experts.weight.detach().squeeze(1).numpy().copy()
 
     @property
     def intercept_(self) -> NDArray[np.float64]:
-        bias = self._mixture.model.experts.bias
+        bias = self._learner.mixture.model.experts.bias
         assert bias is not None
         return bias.detach().squeeze(1).numpy().copy()
 
     @property
     def expert_usage_(self) -> NDArray[np.float64]:
-        return np.array(self._mixture.shares[-1], dtype=float)
+        return np.array(self._learner.mixture.shares[-1], dtype=float)
 
     @property
     def columns_(self) -> list[str]:
@@ -306,7 +312,9 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
         if self.favourable is not None and self.favourable not in classes:
             raise ValueError(f"favourable={self.favourable!r}; should be one of {classes.tolist()}")
         self.classes_ = classes
-        self.history_: list[dict[str, Any]] = []
+        self._learner = PrequentialLearner(
+            wants_first=self.favourable is not None and self.favourable == classes[0]
+        )
         self._rows = 0
 
     def _groups(
@@ -325,126 +333,25 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
         return groups
 
     def _learn(self, frame: Any, y_n: NDArray[np.int64], groups: NDArray[Any] | None) -> None:
-        """Scores a chunk, looks for drift, grows, trains."""
-        first = not self.history_
+        first = not self._learner.history
         if first:
             self._encoder = TableEncoder().fit(frame)
-            if not self._encoder.feature_names:
+            if not self.features_:
                 raise ValueError("no column holds a value; give features")
-            self._mixture = self._new_mixture(
+            self._learner.mixture = self._new_mixture(
                 self.n_experts, seed=int(check_random_state(self.random_state).randint(2**31 - 1))
             )
-        x_TD, y_T = self._encode(frame), torch.from_numpy(y_n).double()
-        group_T = self._group_numbers(groups, len(frame))
-        entry: dict[str, Any] = {"chunk": len(self.history_), "rows": len(frame)}
-        entry |= {"accuracy": None, "gap": None} if first else self._measure(x_TD, y_T, group_T)
-        drift = {} if first else self._drift(entry)
-        entry |= {"accuracy_drift": False, "fairness_drift": False, **drift, "grown": False}
-        entry |= {"removed": None, "merged": []}
-        if any(drift.values()) and self.max_experts > 1:
-            start = self._new_expert(x_TD, y_T, group_T, wrong=entry["accuracy_drift"])
-            entry |= self._mixture.grow(
-                x_TD, max_experts=self.max_experts, merge_above=self.merge, start=start
-            )
-            entry["grown"] = True
-        self.history_ = [*self.history_, entry]
-        if first or self.update == "always" or any(drift.values()):
-            self._mixture.train(
-                x_TD,
-                lambda mixed: self._loss(mixed, y_T, group_T),
-                steps=self.n_iter,
-                l2=self.l2,
-                only_newest=self.refit == "new" and any(e["grown"] for e in self.history_),
-            )
-        self._mixture.remember(x_TD)
-        after = self._measure(x_TD, y_T, group_T)
-        entry |= {f"{name}_after": value for name, value in after.items()}
-        entry["experts"] = self.n_experts_
-        if first or entry["grown"]:
-            self._reference = after
-        elif self._reference["gap"] is None:  # no two groups were large enough until now
-            self._reference["gap"] = after["gap"]
+        x_TD, group_T = self._encode(frame), number_groups(groups if self.fairness else None, len(frame))
+        self._learner.learn(x_TD, torch.from_numpy(y_n).double(), group_T, asked=self)
         weight = len(frame) / (self._rows + len(frame))
         mean_D = x_TD.mean(0).numpy()
         self.background_ = mean_D if first else (1 - weight) * self.background_ + weight * mean_D
         self._rows += len(frame)
 
-    def _measure(self, x_TD: Tensor, y_T: Tensor, group_T: Tensor) -> dict[str, float | None]:
-        """Accuracy, and the gap between groups of hard decisions; None where it is not watched or known."""
-        with torch.no_grad():
-            mixed = self._mixture.model(x_TD)
-        decided_T = (mixed.log_odds_T >= 0).double()
-        measured: dict[str, float | None] = {"accuracy": float((decided_T == y_T).double().mean())}
-        gap = math.nan
-        if self.fairness is not None:
-            counted_T = group_T >= 0
-            gap = METRICS[self.fairness](
-                *(
-                    column_T[counted_T].numpy()
-                    for column_T in (
-                        self._wanted(y_T),
-                        self._wanted(decided_T),
-                        self._distance(mixed),
-                        group_T,
-                    )
-                )
-            )
-        return {**measured, "gap": None if math.isnan(gap) else gap}
-
-    def _drift(self, measured: dict[str, Any]) -> dict[str, bool]:
-        gap, gap_then = measured["gap"], self._reference["gap"]
-        return {
-            "accuracy_drift": measured["accuracy"] < self._reference["accuracy"] - self.eps_acc,
-            "fairness_drift": None not in (gap, gap_then) and gap > gap_then + self.eps_fair,
-        }
-
-    def _loss(self, mixed: Mixed, y_T: Tensor, group_T: Tensor) -> Tensor:
-        loss = classification_loss(mixed, y_T, localized=self.loss == "localized")
-        if self.fairness is None or not self.lam:
-            return loss
-        wanted_T = self._wanted(mixed.log_odds_T.sigmoid())
-        return loss + self.lam * penalty(self.fairness, wanted_T, self._wanted(y_T), group_T, self.group_gap)
-
-    def _new_expert(self, x_TD: Tensor, y_T: Tensor, group_T: Tensor, *, wrong: bool) -> NewExpert:
-        start = self._mixture.small_expert()
-        if self.new_expert == "random":
-            return start
-        with torch.no_grad():
-            decided_T = (self._mixture.model(x_TD).log_odds_T >= 0).double()
-        rows_T = decided_T != y_T
-        if not wrong:
-            rows_T = unfair_errors(self._wanted(y_T), self._wanted(decided_T), group_T)
-        if len(y_T[rows_T].unique()) < 2:  # nothing that a regression could tell apart
-            return start
-        options = {"steps": self.n_iter, "learning_rate": self.learning_rate, "l2": self.l2}
-        return fit_expert(start, x_TD[rows_T], y_T[rows_T], **options)
-
-    def _wanted(self, positive_T: Tensor) -> Tensor:
-        """From the second class to the favourable one: the same, or 1 less that."""
-        return 1 - positive_T if self.favourable == self.classes_[0] else positive_T
-
-    def _distance(self, mixed: Mixed) -> Tensor:
-        weight_TD = mixed.routing.weights @ self._mixture.model.experts.weight.detach().squeeze(1)
-        towards = 1 if self.favourable == self.classes_[0] else -1
-        return (towards * mixed.score_T).relu() / weight_TD.norm(dim=1).clamp(min=1e-12)
-
-    def _group_numbers(self, groups: NDArray[Any] | None, rows: int) -> Tensor:
-        """Groups as numbers; -1 in a group too small to count."""
-        if groups is None:
-            return torch.full((rows,), -1)
-        names, numbers, counts = np.unique(groups, return_inverse=True, return_counts=True)
-        small = counts < FEWEST_ROWS
-        if small.any() and self.fairness is not None:
-            found = ", ".join(f"{n!r} ({c} rows)" for n, c in zip(names[small], counts[small], strict=True))
-            warnings.warn(
-                f"group {found} has fewer than {FEWEST_ROWS} rows in a chunk and is left out of its gap",
-                stacklevel=4,
-            )
-        return torch.from_numpy(np.where(small[numbers], -1, numbers))
-
     def _new_mixture(self, num_experts: int, *, seed: int) -> GrowingMixture:
-        dim = len(self._encoder.feature_names)
-        return GrowingMixture(dim, num_experts, self.mix, learning_rate=self.learning_rate, seed=seed)
+        return GrowingMixture(
+            len(self.features_), num_experts, self.mix, learning_rate=self.learning_rate, seed=seed
+        )
 
     def _encode(self, frame: Any) -> Tensor:
         return torch.from_numpy(inputs.encode(self._encoder, frame)).double()
@@ -455,7 +362,8 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
 
     @torch.no_grad()
     def _mixed(self, X: Any) -> Mixed:
-        mixed: Mixed = self._mixture.model(self._features(X))
+        x_TD = self._features(X)  # first: it refuses what is not fitted
+        mixed: Mixed = self._learner.mixture.model(x_TD)
         return mixed
 
     def __sklearn_tags__(self) -> Any:

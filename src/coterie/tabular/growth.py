@@ -46,7 +46,7 @@ class GrowingMixture:
     def train(
         self, x_TD: Tensor, loss: Callable[[Mixed], Tensor], *, steps: int, l2: float, only_newest: bool
     ) -> None:
-        """Full-batch steps on a chunk; a loop of its own, as a step takes less than the general loop's upkeep.
+        """Full-batch steps on a chunk. A step is shorter than the general training loop's upkeep.
 
         Args:
             x_TD: the chunk.
@@ -74,7 +74,7 @@ class GrowingMixture:
     def grow(
         self, x_TD: Tensor, *, max_experts: int, merge_above: float | None, start: "NewExpert"
     ) -> dict[str, Any]:
-        """Adds an expert; where there is no room for it, two that are alike are merged or the least used goes.
+        """Adds an expert; experts that are alike are merged before, and without room the least used goes.
 
         Args:
             x_TD: the chunk for which it is added.

@@ -1,7 +1,7 @@
 """A gated mixture of logistic regressions that experts can be added to, removed from and merged in.
 
-Letters: T rows, E experts, D features. Everything is float64: the models are tiny, and sums of attributions are
-then exact to 1e-12.
+Letters: T rows, E experts, D features. Everything is float64: the models are tiny, and sums of attributions
+    are then exact to 1e-12.
 """
 
 from dataclasses import dataclass
@@ -136,7 +136,7 @@ def merge_experts(model: LinearMixture, pair: tuple[int, int], x_TD: Tensor, opt
     that the one gets as much as the two had.
     """
     one, other = pair
-    gate, experts = model.banks
+    gate, _ = model.banks
     share_E = model.router(x_TD).weights.mean(0)
     weight = share_E[[one, other]] / share_E[[one, other]].sum()
     for bank in model.banks:
