@@ -85,7 +85,7 @@ def _middle(text: object) -> object:
     return (float(low) + float(high)) / 2
 
 
-def _numbers(column: "pd.Series") -> "pd.Series":  # type: ignore[type-arg]
+def _numbers(column: "pd.Series") -> "pd.Series":
     pd = import_pandas()
     known = column.where(~column.isin(["NA", "Exempt"]))
     numbers = pd.to_numeric(known, errors="coerce").astype(float)

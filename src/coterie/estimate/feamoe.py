@@ -84,7 +84,7 @@ Chunk = tuple["pd.DataFrame", NDArray[Any], NDArray[Any] | None]
 
 
 def _chunks(data: Path, columns: Columns, rows: int) -> Iterator[Chunk]:
-    """(X, y, group) of `rows` rows or a few more; the last is at least half of that, unless it is alone."""
+    """(X, y, group) of at least `rows` rows; the last may have half of that, or less where it is alone."""
     import pandas as pd
 
     ready: pd.DataFrame | None = None

@@ -118,7 +118,7 @@ def network(seed: int, budget: Budget, data: Stream | None) -> Values:
             scores.append({"accuracy": accuracy, **gaps(chunk.y, yhat, chunk.group)})
         for _ in range(steps(budget)):
             optimizer.zero_grad()
-            nn.functional.binary_cross_entropy_with_logits(net(x_TD), y_T).backward()
+            torch.autograd.backward(nn.functional.binary_cross_entropy_with_logits(net(x_TD), y_T))
             optimizer.step()
     return {
         **around_drift(scores, stream.drift),
@@ -256,7 +256,7 @@ def around_drift(scores: list[dict[str, float]], drift: int) -> dict[str, Any]:
 
 def drifting(seed: int, budget: Budget) -> Stream:
     """The stream of the file's docstring; rows and chunks are fewer in a smoke run."""
-    chunks, rows, drift = (6, 200, 3) if budget == "smoke" else (12, 1500, 6)
+    chunks, rows, drift = (5, 200, 2) if budget == "smoke" else (12, 1500, 6)
     rng = np.random.default_rng(seed)
     rules = np.array([[1.5, -1.2, 1.0, 0.8, 0.0, 0.0], [-1.2, 1.5, 0.8, 0.6, 0.0, 0.0]])
     made = []
@@ -273,7 +273,7 @@ def drifting(seed: int, budget: Budget) -> Stream:
 
 
 def steps(budget: Budget) -> int:
-    return {"smoke": 10, "standard": 150, "full": 600}[budget]
+    return {"smoke": 5, "standard": 150, "full": 600}[budget]
 
 
 def named(x: NDArray[Any]) -> pd.DataFrame:

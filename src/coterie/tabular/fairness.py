@@ -137,15 +137,16 @@ def penalty(kind: Fairness, p_T: Tensor, y_T: Tensor, group_T: Tensor, how: Grou
 
 
 def _spread(value_T: Tensor, group_T: Tensor, how: GroupGap) -> Tensor:
-    groups, member_T = group_T[group_T >= 0].unique(return_inverse=True)
+    groups, member_T = torch.unique(group_T[group_T >= 0], return_inverse=True)
     if len(groups) < 2:
         return value_T.sum() * 0
     value_T = value_T[group_T >= 0]
     sums_G = value_T.new_zeros(len(groups)).index_add(0, member_T, value_T)
-    means_G = sums_G / member_T.bincount()
-    if how == "range":
-        return means_G.max() - means_G.min()
-    return (means_G - value_T.mean()).square().sum()
+    means_G: Tensor = sums_G / member_T.bincount()
+    spread: Tensor = means_G.max() - means_G.min()
+    if how == "variance":
+        spread = (means_G - value_T.mean()).square().sum()
+    return spread
 
 
 def _rows(**columns: ArrayLike) -> Sequence[NDArray[Any]]:

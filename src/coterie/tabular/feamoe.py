@@ -26,7 +26,7 @@ from sklearn.utils import check_random_state  # isort: skip
 from sklearn.utils.validation import check_is_fitted  # isort: skip
 
 
-class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
+class FEAMOEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """A binary classifier that is a gated mixture of logistic regressions: fair, adaptive, explained exactly.
 
     `partial_fit` scores each chunk before it learns from it. Where accuracy fell by more than `eps_acc`, or
@@ -177,7 +177,9 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> NDArray[Any]:
         """[n] classes: the second one where its probability is at least 0.5."""
-        return self.classes_[(self._mixed(X).log_odds_T >= 0).long().numpy()]
+        positive_T = self._mixed(X).log_odds_T >= 0
+        classes: NDArray[Any] = self.classes_[positive_T.long().numpy()]
+        return classes
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
         """[n, 2] probabilities of `classes_`."""
@@ -197,7 +199,8 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
 
         max(0, -S(x)) / |Σ g_i w_i|, with the gate held at its value at x.
         """
-        return self._learner.distance(self._mixed(X)).numpy()
+        mixed = self._mixed(X)
+        return self._learner.distance(mixed).numpy()
 
     @torch.no_grad()
     def explain(
@@ -287,13 +290,13 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
 
     @property
     def coef_(self) -> NDArray[np.float64]:
-        return self._learner.mixture.model.experts.weight.detach().squeeze(1).numpy().copy()
+        return self._learner.mixture.model.experts.weight.detach().squeeze(1).clone().numpy()
 
     @property
     def intercept_(self) -> NDArray[np.float64]:
         bias = self._learner.mixture.model.experts.bias
         assert bias is not None
-        return bias.detach().squeeze(1).numpy().copy()
+        return bias.detach().squeeze(1).clone().numpy()
 
     @property
     def expert_usage_(self) -> NDArray[np.float64]:
@@ -344,8 +347,8 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):
         x_TD, group_T = self._encode(frame), number_groups(groups if self.fairness else None, len(frame))
         self._learner.learn(x_TD, torch.from_numpy(y_n).double(), group_T, asked=self)
         weight = len(frame) / (self._rows + len(frame))
-        mean_D = x_TD.mean(0).numpy()
-        self.background_ = mean_D if first else (1 - weight) * self.background_ + weight * mean_D
+        before_D = np.zeros(x_TD.shape[1]) if first else self.background_
+        self.background_: NDArray[np.float64] = (1 - weight) * before_D + weight * x_TD.mean(0).numpy()
         self._rows += len(frame)
 
     def _new_mixture(self, num_experts: int, *, seed: int) -> GrowingMixture:

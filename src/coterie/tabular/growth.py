@@ -61,7 +61,7 @@ class GrowingMixture:
             for _ in range(steps):
                 self.optimizer.zero_grad()
                 decay = experts.weight.square().sum() + gate.weight.square().sum()
-                (loss(self.model(x_TD)) + l2 * decay).backward()
+                torch.autograd.backward(loss(self.model(x_TD)) + l2 * decay)
                 self.optimizer.step()
 
     def remember(self, x_TD: Tensor) -> None:
@@ -153,9 +153,9 @@ def fit_expert(
     for _ in range(steps):
         optimizer.zero_grad()
         error = F.binary_cross_entropy_with_logits(x_TD @ weight_D + bias, y_T)
-        (error + l2 * weight_D.square().sum()).backward()
+        torch.autograd.backward(error + l2 * weight_D.square().sum())
         optimizer.step()
-    return weight_D.detach(), float(bias)
+    return weight_D.detach(), float(bias.detach())
 
 
 def unfair_errors(y_T: Tensor, decided_T: Tensor, group_T: Tensor) -> Tensor:
@@ -168,10 +168,10 @@ def unfair_errors(y_T: Tensor, decided_T: Tensor, group_T: Tensor) -> Tensor:
     >>> unfair_errors(y, decided, torch.tensor([0, 1, 0, 1])).tolist()
     [True, False, False, True]
     """
-    groups = group_T[group_T >= 0].unique()
+    groups = torch.unique(group_T[group_T >= 0])
     if len(groups) < 2:
         return torch.zeros_like(group_T, dtype=torch.bool)
     rates = torch.stack([decided_T[group_T == group].mean() for group in groups])
     behind_T = group_T == groups[rates.argmin()]
-    missed_T, too_good_T = (y_T > decided_T) & behind_T, (y_T < decided_T) & ~behind_T & (group_T >= 0)
-    return missed_T | too_good_T
+    carries_T: Tensor = torch.where(behind_T, y_T > decided_T, (y_T < decided_T) & (group_T >= 0))
+    return carries_T

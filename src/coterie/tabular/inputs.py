@@ -73,7 +73,7 @@ def binary_classes(y: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
     check_classification_targets(labels)
     classes = np.unique(labels)
     if len(classes) == 1:
-        raise ValueError(f"y has one class, {classes[0]!r}; should have two")
+        raise ValueError(f"y has one class, {classes.tolist()[0]!r}; should have two")
     if len(classes) > 2:
         raise ValueError(
             f"Only binary classification is supported. The type of the target is {type_of_target(labels)}: "
@@ -88,8 +88,11 @@ def encode_labels(y: ArrayLike, classes: NDArray[Any], rows: int) -> NDArray[np.
     _check_length("y", len(labels), rows)
     unknown = np.flatnonzero(~np.isin(labels, classes))
     if len(unknown):
-        raise ValueError(f"y, row {unknown[0]}: {labels[unknown[0]]!r}; the classes are {classes.tolist()}")
-    return (labels == classes[1]).astype(np.int64)
+        raise ValueError(
+            f"y, row {unknown[0]}: {labels.tolist()[unknown[0]]!r}; the classes are {classes.tolist()}"
+        )
+    positive: NDArray[np.int64] = (labels == classes[1]).astype(np.int64)
+    return positive
 
 
 def group_names(sensitive: Any, rows: int) -> NDArray[Any]:
@@ -99,7 +102,8 @@ def group_names(sensitive: Any, rows: int) -> NDArray[Any]:
     missing = np.flatnonzero(column.isna())
     if len(missing):
         raise ValueError(f"sensitive, row {missing[0]}: missing; give every row a group, or leave it out")
-    return column.map(str).to_numpy(dtype=object)
+    names: NDArray[Any] = column.map(str).to_numpy(dtype=object)
+    return names
 
 
 def check_feamoe(estimator: Any) -> None:

@@ -88,7 +88,8 @@ class PrequentialLearner:
         """[T] max(0, -S) / |Σ g_i w_i|, S being the score for the favourable class and the gate held."""
         weight_TD = mixed.routing.weights @ self.mixture.model.experts.weight.detach().squeeze(1)
         unfavourable_T = mixed.score_T if self.wants_first else -mixed.score_T
-        return unfavourable_T.relu() / weight_TD.norm(dim=1).clamp(min=1e-12)
+        distance_T: Tensor = unfavourable_T.relu() / weight_TD.norm(dim=1).clamp(min=1e-12)
+        return distance_T
 
     def _drift(self, measured: dict[str, Any], asked: Any) -> dict[str, bool]:
         then, gap, gap_then = self.reference["accuracy"], measured["gap"], self.reference["gap"]
@@ -102,9 +103,8 @@ class PrequentialLearner:
         if asked.fairness is None or not asked.lam:
             return loss
         wanted_T = self._wanted(mixed.log_odds_T.sigmoid())
-        return loss + asked.lam * penalty(
-            asked.fairness, wanted_T, self._wanted(y_T), group_T, asked.group_gap
-        )
+        gap = penalty(asked.fairness, wanted_T, self._wanted(y_T), group_T, asked.group_gap)
+        return torch.add(loss, gap, alpha=asked.lam)
 
     def _new_expert(
         self, x_TD: Tensor, y_T: Tensor, group_T: Tensor, asked: Any, *, wrong: bool
@@ -117,7 +117,7 @@ class PrequentialLearner:
         rows_T = decided_T != y_T
         if not wrong:
             rows_T = unfair_errors(self._wanted(y_T), self._wanted(decided_T), group_T)
-        if len(y_T[rows_T].unique()) < 2:  # nothing that a regression could tell apart
+        if len(torch.unique(y_T[rows_T])) < 2:  # nothing that a regression could tell apart
             return start
         options = {"steps": asked.n_iter, "learning_rate": asked.learning_rate, "l2": asked.l2}
         return fit_expert(start, x_TD[rows_T], y_T[rows_T], **options)
