@@ -40,7 +40,7 @@ def learnt(chunks, **options):
 
 
 def test_it_passes_scikit_learns_checks():
-    """All of them, with fairness=None: where a gap is watched, groups must be given, and the checks give none."""
+    """All, with fairness=None: where a gap is watched, groups must be given, and the checks give none."""
     results = check_estimator(model(fairness=None, n_iter=30), on_fail=None, on_skip=None)
     assert [r["check_name"] for r in results if r["status"] == "failed"] == []
     assert len(results) > 40

@@ -15,8 +15,8 @@ columns.
 
 The paper's data are mortgage applications (HMDA); of its method, its abstract was at hand. With --data, a
 Loan Application Register or COMPAS takes the stream's place, in the order of `activity_year` or of the file,
-in chunks of 1500 rows, or 24 chunks if they are more; the drift is then where the second year begins, or the
-middle.
+in chunks of 1500 rows, but at least 4 chunks and at most 24; the drift is then where the second year begins,
+or the middle.
 """
 
 import math
@@ -51,8 +51,6 @@ CARD = Card(
     "abstract has no figures.)",
 )
 SEEDS = 5
-
-FEWEST = 200  # rows per chunk of the user's table
 
 
 @dataclass(frozen=True)
@@ -320,10 +318,12 @@ def seconds(work: Any) -> float:
 def read_data(path: Path) -> Stream:
     """A HMDA Loan Application Register, or COMPAS's two-year scores; see `coterie.data.mortgages`, `compas`.
 
-    The group is `derived_race` (HMDA) or `race`. Rows of a group or a year that is missing are left out.
+    The group is `derived_race` (HMDA) or `race`; rows without one are left out, and groups of under 40 rows
+    per chunk, whose rates would be noise.
 
     Raises:
-        ValueError: columns of neither, a file that cannot be read, or under three chunks' worth of rows.
+        ValueError: columns of neither, a file that cannot be read, under four chunks of 200 rows, or one
+            group.
     """
     frame = read_table(path)
     if "action_taken" in frame.columns:
@@ -332,18 +332,19 @@ def read_data(path: Path) -> Stream:
         table, label, group = compas(frame), "two_year_recid", "race"
     else:
         raise ValueError(f"{path} has neither action_taken (HMDA LAR) nor two_year_recid (COMPAS)")
-    table = table.dropna(subset=[group])
-    size = max(1500, math.ceil(len(table) / 24))
-    if len(table) < 3 * FEWEST:
-        raise ValueError(f"{path} has {len(table)} usable rows; give at least {3 * FEWEST}")
-    count = max(3, round(len(table) / size))
+    count = max(4, round(len(table) / max(1500, len(table) / 24)))
+    counts = table[group].value_counts()
+    table = table[table[group].isin(counts.index[counts >= 40 * count])]
+    found = table[group].nunique()
+    if len(table) < 800 or found < 2:
+        raise ValueError(f"{path} has {len(table)} usable rows of {found} groups; give at least 800 of two")
     drift = count // 2
     if "activity_year" in table.columns:
         table = table.sort_values("activity_year", kind="stable")
         years = table.pop("activity_year").to_numpy()
-        second = int((years == years[0]).sum())
-        if second < len(table):
-            drift = min(max(round(second / len(table) * count), 2), count - 2)
+        first = int((years == years[0]).sum())
+        if first < len(table):
+            drift = min(max(round(first / len(table) * count), 2), count - 2)
     y, groups = table.pop(label).to_numpy(), table.pop(group).to_numpy()
     parts = np.array_split(np.arange(len(table)), count)
     return Stream([Chunk(table.iloc[rows], y[rows], groups[rows]) for rows in parts], drift)
