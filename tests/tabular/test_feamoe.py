@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -201,7 +204,7 @@ def test_with_the_gate_other_columns_matter_and_the_sum_is_the_same():
 
 def test_saved_and_loaded_it_predicts_explains_and_learns_on_the_same(tmp_path):
     chunks = stream(2.0)
-    made = learnt(chunks[:3], favourable=1)
+    made = learnt(chunks[:3], favourable=1, eps_acc=np.inf)
     made.save(tmp_path / "saved")
     loaded = FEAMOEClassifier.load(tmp_path / "saved")
     for both in range(2):
@@ -318,3 +321,8 @@ def test_a_generator_as_random_state_cannot_be_saved(tmp_path):
     made = model(n_iter=1, random_state=np.random.RandomState(0)).fit(X, Y, GROUP)
     with pytest.raises(ValueError, match="use an integer or None"):
         made.save(tmp_path / "saved")
+
+
+def test_importing_the_room_imports_neither_scikit_learn_nor_pandas():
+    code = "import sys, coterie.tabular; sys.exit(bool({'sklearn', 'pandas'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
