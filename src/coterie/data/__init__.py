@@ -2,6 +2,7 @@
 
 from coterie.data.batches import ShuffledBatches, whole_batches
 from coterie.data.corruption import attack_tokens, corrupt_images
+from coterie.data.decisions import COMPAS_FEATURES, MORTGAGE_FEATURES, compas, mortgages
 from coterie.data.domain_markov import domain_markov
 from coterie.data.files import Span, find_text, split_by_file, stdlib_sources
 from coterie.data.images import digits, read_digits
@@ -12,7 +13,9 @@ from coterie.data.text import ByteCorpus, ByteWindows
 from coterie.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, byte_tokenizer
 
 __all__ = [
+    "COMPAS_FEATURES",
     "END_OF_TEXT",
+    "MORTGAGE_FEATURES",
     "VOCAB_SIZE",
     "ByteCorpus",
     "ByteWindows",
@@ -24,6 +27,7 @@ __all__ = [
     "attack_tokens",
     "byte_tokenizer",
     "check_columns",
+    "compas",
     "corrupt_images",
     "daily_features",
     "digits",
@@ -31,6 +35,7 @@ __all__ = [
     "find_text",
     "forward_return",
     "import_pandas",
+    "mortgages",
     "panel_frame",
     "purged_splits",
     "read_digits",

@@ -14,6 +14,7 @@ from coterie.nn.depth import (
 )
 from coterie.nn.experts import ConcatExperts, Experts, LinearExperts, MLPExperts, ModuleExperts, SwiGLUExperts
 from coterie.nn.group_attention import GroupAttention, GroupAttentionExperts
+from coterie.nn.grow import append_experts, bias_for_share, hold_experts, keep_experts
 from coterie.nn.mix_tokens import MixTokens
 from coterie.nn.moe import MLP, Gated, MoE, SwiGLU
 from coterie.nn.monitor import Monitor, StabilityTracker, fluctuation
@@ -104,9 +105,13 @@ __all__ = [
     "TreeRouter",
     "TreeScore",
     "ZeroCostExperts",
+    "append_experts",
     "balance",
+    "bias_for_share",
     "curvatures",
     "fluctuation",
+    "hold_experts",
+    "keep_experts",
     "parameters_per_expert",
     "permutation_entropy",
     "robust_momentum",

@@ -144,7 +144,8 @@ class LinearExperts(nn.Module):
         identity: start as the identity (needs dim_out = D), so that a new bank changes nothing; else as
             `nn.Linear` starts.
 
-    Returns (from forward, for x [T, D]): [T, dim_out].
+    Returns (from forward, for x [T, D]): [T, dim_out]. `each(x)` gives every expert's own result, for
+    mixtures of something else than the outputs, such as their sigmoids.
 
     Raises ValueError for an identity between different widths.
 
@@ -183,6 +184,11 @@ class LinearExperts(nn.Module):
         weighted_TC = (weights_TE.unsqueeze(2) * x_TD.unsqueeze(1)).flatten(1)
         y_TD = weighted_TC @ self.weight.transpose(1, 2).flatten(0, 1)
         return y_TD if self.bias is None else y_TD + weights_TE @ self.bias
+
+    def each(self, x_TD: Tensor) -> Tensor:
+        """Every expert's result, [T, E, dim_out]."""
+        y_TEO = (x_TD @ self.weight.flatten(0, 1).t()).view(len(x_TD), *self.weight.shape[:2])
+        return y_TEO if self.bias is None else y_TEO + self.bias
 
 
 class ModuleExperts(nn.Module):

@@ -59,8 +59,11 @@ class Router(nn.Module):
     def __init__(self, score: Scorer, select: Select) -> None:
         super().__init__()
         self.score, self.select = score, select
-        self.num_experts = score.num_experts
         select(torch.zeros(0, score.num_experts))  # what does not fit fails here, not at the first batch
+
+    @property
+    def num_experts(self) -> int:  # the scorer may grow
+        return self.score.num_experts
 
     def forward(self, x_TD: Tensor, *, mask: Tensor | None = None, **context: Any) -> Routing:
         check_tokens(x_TD, self.score.dim)
