@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from coterie.data import import_pandas
+from coterie.data import records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,7 +126,7 @@ class StreamColumns:
 
 
 def rows_of(X: "pd.DataFrame | npt.ArrayLike") -> tuple[list[dict[Any, Any]], list[Any]]:
-    """A frame's or an array's rows as dicts, missing texts as None, and the names of its features.
+    """A frame's or an array's rows as dicts, and the names of its features.
 
     Raises ValueError for an array that is not [rows, features], or a column's name that is there twice.
 
@@ -141,11 +141,4 @@ def rows_of(X: "pd.DataFrame | npt.ArrayLike") -> tuple[list[dict[Any, Any]], li
     names = list(X.columns)
     if len(set(names)) < len(names):
         raise ValueError(f"two columns of one name among {names[:20]}")
-    is_number = import_pandas().api.types.is_numeric_dtype
-    columns = []
-    for name in names:
-        if is_number(X[name].dtype):
-            columns.append(X[name].to_numpy(dtype=np.float64, na_value=np.nan).tolist())
-        else:
-            columns.append(X[name].astype(object).where(X[name].notna(), None).tolist())
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)], names
+    return records(X), names

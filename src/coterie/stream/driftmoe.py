@@ -235,9 +235,7 @@ class DriftMoEClassifier(base.Classifier):
     def _multiclass(self) -> bool:
         return True
 
-    def _judged(
-        self, x: Mapping[Any, Any]
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32]]:
+    def _judged(self, x: Mapping[Any, Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32]]:
         """The row and the router's logits for it; kept between predicting a row and learning it."""
         if self._last is not None and x == self._last[0] and len(self._last[1]) == len(self._columns):
             return self._last[1:]
@@ -305,7 +303,11 @@ class DriftMoEClassifier(base.Classifier):
         if (self.experts_.num_features, self.experts_.num_classes) != (features, classes):
             self.experts_.grow(features, classes)
         room = experts - len(self._answered_E)
-        self._answered_E, self._right_E = (np.pad(n_E, (0, room)) for n_E in (self._answered_E, self._right_E))
+        if room:
+            self._answered_E, self._right_E = (
+                np.pad(self._answered_E, (0, room)),
+                np.pad(self._right_E, (0, room)),
+            )
 
     def _new_router(self, features: int, experts: int) -> OnlineRouter:
         batch = self.router_batch or (32 if self.mode == "data" else 1)

@@ -29,7 +29,9 @@ class RiverExperts:
     [[0.0, 0.0, 1.0], [0.33, 0.33, 0.33]]
     """
 
-    def __init__(self, expert: base.Classifier, num_experts: int, num_features: int, num_classes: int) -> None:
+    def __init__(
+        self, expert: base.Classifier, num_experts: int, num_features: int, num_classes: int
+    ) -> None:
         self.expert, self.num_features, self.num_classes = expert, num_features, num_classes
         self.models = [expert.clone() for _ in range(num_experts)]
 

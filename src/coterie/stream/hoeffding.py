@@ -178,7 +178,12 @@ class HoeffdingTrees:
         return chosen_NC, votes_NC
 
     def learn(
-        self, x_D: Floats, trees: Sequence[int], leaves: Sequence[int], votes_EC: Floats, labels: Sequence[int]
+        self,
+        x_D: Floats,
+        trees: Sequence[int],
+        leaves: Sequence[int],
+        votes_EC: Floats,
+        labels: Sequence[int],
     ) -> None:
         """Some trees learn a row.
 

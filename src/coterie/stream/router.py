@@ -6,6 +6,7 @@ stream has one row at a time.
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -202,13 +203,13 @@ class OnlineRouter:
 
 
 def _size(widths: Sequence[int]) -> int:
-    return sum((fan_in + 1) * fan_out for fan_in, fan_out in zip(widths, widths[1:], strict=False))
+    return sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(widths))
 
 
 def _layers(flat: Singles, widths: Sequence[int]) -> Iterator[tuple[Singles, Singles]]:
     """Views of each layer's weight [in, out] and bias [out]."""
     at = 0
-    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+    for fan_in, fan_out in pairwise(widths):
         weight = flat[at : at + fan_in * fan_out].reshape(fan_in, fan_out)
         at += fan_in * fan_out
         yield weight, flat[at : at + fan_out]

@@ -21,7 +21,9 @@ def save(model: "DriftMoEClassifier", folder: str | Path) -> Path:
     parameters.pop("expert")
     for label in model.classes_:
         if not isinstance(label, _PLAIN):
-            raise ValueError(f"label {label!r} is a {type(label).__name__}; only numbers and texts can be saved")
+            raise ValueError(
+                f"label {label!r} is a {type(label).__name__}; only numbers and texts can be saved"
+            )
     learnt = {
         "classes": model.classes_,
         "fixed": model._fixed,
