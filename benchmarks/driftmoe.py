@@ -1,4 +1,4 @@
-"""DriftMoE beside what river has for drifting streams: `python -m benchmarks.driftmoe [--quick] [--json FILE]`.
+"""DriftMoE beside what river has for streams: `python -m benchmarks.driftmoe [--quick] [--json FILE]`.
 
 Every model predicts and learns the same rows, in turns of 250 rows each, so that all of them meet the same
 load of the machine. Timed is predict_one and learn_one; making the rows is not. Memory is what river's own

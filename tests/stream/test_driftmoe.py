@@ -141,7 +141,6 @@ def test_tables_are_learnt_and_predicted_as_their_rows_one_by_one():
     whole.partial_fit(X[:300], y[:300], classes=[False, True]).partial_fit(X[300:], y[300:])
     for row, label in zip(X.to_dict("records"), y, strict=True):
         single.learn_one(row, label)
-    single.classes_  # noqa: B018
     one_by_one = [single.predict_proba_one(row) for row in X.to_dict("records")]
     expected = [[proba[False], proba[True]] for proba in one_by_one]
     np.testing.assert_allclose(whole.predict_proba(X), expected, atol=1e-12)
@@ -198,9 +197,9 @@ def test_before_anything_is_learnt_probabilities_are_uniform():
 
 def test_rare_classes_are_warned_of_in_task_mode():
     classifier = model(mode="task", router_batch=64)
+    labels = ["rare" if i % 100 == 0 else "common" for i in range(1000)]
     with pytest.warns(UserWarning, match="class 'rare' has 1.0% of the rows"):
-        for i in range(1000):
-            classifier.learn_one({"a": float(i % 7)}, "rare" if i % 100 == 0 else "common")
+        classifier.partial_fit([[float(i % 7)] for i in range(1000)], labels)
 
 
 @pytest.mark.parametrize(

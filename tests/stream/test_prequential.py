@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -31,7 +32,7 @@ def stream(labels):
 def test_the_metrics_are_their_definitions(labels, window):
     frame = prequential(Model(), stream(labels), window=window)
     last = frame.iloc[-1]
-    repeat = [a == b for a, b in zip(labels, labels[1:], strict=False)]
+    repeat = [a == b for a, b in pairwise(labels)]
     accuracy = sum(repeat) / len(labels)
     assert last["instances"] == len(labels)
     assert last["acc"] == pytest.approx(accuracy)

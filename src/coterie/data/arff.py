@@ -46,14 +46,9 @@ def arff_chunks(path: str | Path, rows: int) -> "Iterator[pd.DataFrame]":
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give an .arff file")
-    pd, attributes, at = import_pandas(), list[_Attribute](), 0
+    attributes: list[_Attribute] = []
     chunk: list[list[Any]] = []
-
-    def frame() -> "pd.DataFrame":
-        index = pd.RangeIndex(at, at + len(chunk))
-        return pd.DataFrame(chunk, columns=[attribute.name for attribute in attributes], index=index)
-
-    in_data = False
+    at, in_data = 0, False
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             line, where = line.strip(), f"{path}, line {number}"
@@ -62,16 +57,22 @@ def arff_chunks(path: str | Path, rows: int) -> "Iterator[pd.DataFrame]":
             if in_data:
                 chunk.append(_row(line, attributes, where))
                 if len(chunk) == rows:
-                    yield frame()
+                    yield _frame(chunk, attributes, at)
                     at, chunk = at + rows, []
             elif line.lower().startswith("@attribute"):
                 attributes.append(_attribute(line[len("@attribute") :].strip(), where))
             elif line.lower() == "@data":
                 in_data = True
     if chunk:
-        yield frame()
+        yield _frame(chunk, attributes, at)
     elif not at:
         raise ValueError(f"{path} has no rows" + ("" if in_data else ": no @data line"))
+
+
+def _frame(chunk: list[list[Any]], attributes: list[_Attribute], at: int) -> "pd.DataFrame":
+    pandas, names = import_pandas(), [attribute.name for attribute in attributes]
+    frame: pd.DataFrame = pandas.DataFrame(chunk, columns=names, index=pandas.RangeIndex(at, at + len(chunk)))
+    return frame
 
 
 def _attribute(text: str, where: str) -> _Attribute:

@@ -1,4 +1,4 @@
-"""`coterie fit driftmoe`: a stream of any length, a chunk in memory, every row predicted before it is learnt."""
+"""`coterie fit driftmoe`: streams of any length, a chunk in memory, each row predicted before learnt."""
 
 import math
 import time

@@ -48,11 +48,11 @@ def run(seed: int, budget: Budget, data: Any, *, stream: str, model: Callable[[i
     from coterie.stream import PrequentialScore
 
     segment = {"sea": 2500, "led": 1500}[stream]
-    segment = {"smoke": 100, "standard": segment, "full": 4 * segment}[budget]
+    segment = {"smoke": 30, "standard": segment, "full": 4 * segment}[budget]
     rows: Iterable[Any] = sea_drift(segment, seed=seed) if stream == "sea" else led_drift(segment, seed=seed)
     drifts: Sequence[int] = [segment, 2 * segment, 3 * segment]
     if data is not None and stream == "sea":
-        rows, drifts = islice(data, 400 if budget == "smoke" else None), []
+        rows, drifts = islice(data, 120 if budget == "smoke" else None), []
     classifier, score = model(seed), PrequentialScore(min(WINDOW, segment), drifts)
     right, curve = [], []
     for x, y in rows:
@@ -128,7 +128,7 @@ _BOTH: dict[str, Callable[[int], Any]] = {
     "random-routing": random_routing,
     "single-tree": single_tree,
 }
-_SEA = {
+_SEA: dict[str, Callable[[int], Any]] = {
     **_BOTH,
     "raw-features": partial(driftmoe, router_batch=32, scale=False),
     "all-learn": partial(driftmoe, router_batch=32, top_k=12),

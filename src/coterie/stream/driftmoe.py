@@ -137,6 +137,7 @@ class DriftMoEClassifier(base.Classifier):
         row_D, logits_E = self._judged(x)
         assert self.experts_ is not None
         assert self.router_ is not None
+        judged: Any
         proba_EC, judged = self.experts_.judge(row_D, x)
         if self.mode == "data":
             labels_E = np.full(len(proba_EC), label)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from coterie.models import load_estimator, save_estimator
+from coterie.stream.hoeffding import HoeffdingTrees
 
 if TYPE_CHECKING:
     from coterie.stream.driftmoe import DriftMoEClassifier
@@ -38,7 +39,7 @@ def save(model: "DriftMoEClassifier", folder: str | Path) -> Path:
     arrays = {"answered": model._answered_E, "right": model._right_E}
     if model.router_ is not None:
         arrays |= {f"router.{name}": array for name, array in model.router_.to_arrays().items()}
-        if model.expert is None:
+        if isinstance(model.experts_, HoeffdingTrees):
             arrays |= {f"experts.{name}": array for name, array in model.experts_.to_arrays().items()}
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     if model.expert is not None:
@@ -70,7 +71,7 @@ def load(cls: "type[DriftMoEClassifier]", folder: str | Path, *, trusted: bool) 
         model._make_room()
         assert model.router_ is not None
         model.router_.set_arrays(_part(arrays, "router."))
-        if experts is None:
+        if isinstance(model.experts_, HoeffdingTrees):
             model.experts_.set_arrays(_part(arrays, "experts."))
         else:
             model.experts_ = experts
