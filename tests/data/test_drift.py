@@ -17,12 +17,12 @@ def test_an_abrupt_change_is_at_its_position():
 
 
 def test_a_gradual_change_is_even_at_its_position_and_over_within_its_width():
-    stream = DriftStream([constant("a", 9000), constant("b", 9000)], [4000], width=2000, length=8000)
+    stream = DriftStream([constant("a", 9000), constant("b", 9000)], [4000], width=1000, length=8000)
     drawn = labels(stream)
     assert set(drawn[:1000]) == {"a"}
     assert set(drawn[7000:]) == {"b"}
     assert 0.4 < drawn[3900:4100].count("b") / 200 < 0.6
-    assert 0.10 < drawn[2900:3100].count("b") / 200 < 0.16  # 1 / (1 + e²) = 0.119
+    assert 0.10 < drawn[3400:3600].count("b") / 200 < 0.16  # 1 / (1 + e²) = 0.119
 
 
 def test_a_concept_given_twice_goes_on_where_it_was_left():

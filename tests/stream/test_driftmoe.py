@@ -32,7 +32,7 @@ def frame_of(stream):
 
 @pytest.mark.parametrize("mode", ["data", "task"])
 def test_it_keeps_every_convention_of_river(mode):
-    classifier = model(mode=mode, seed=None)
+    classifier = model(mode=mode, n_experts=2, top_k=1, seed=None)
     assert classifier._unit_test_skips() == set()  # none of the checks is left out
     checks.check_estimator(classifier)
 
@@ -137,7 +137,7 @@ def test_predicting_in_between_changes_nothing():
 
 def test_tables_are_learnt_and_predicted_as_their_rows_one_by_one():
     X, y = frame_of(sea_drift(150, seed=0))
-    whole, single = model(), model()
+    whole, single = model(), model(classes=(False, True))
     whole.partial_fit(X[:300], y[:300], classes=[False, True]).partial_fit(X[300:], y[300:])
     for row, label in zip(X.to_dict("records"), y, strict=True):
         single.learn_one(row, label)
@@ -157,7 +157,9 @@ def test_the_same_seed_gives_the_same_and_torchs_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "task"}, {"dropout": 0.2}, {"expert": GaussianNB()}])
+@pytest.mark.parametrize(
+    "options", [{}, {"mode": "task"}, {"dropout": 0.2}, {"expert": tree.HoeffdingTreeClassifier()}]
+)
 def test_a_saved_model_goes_on_as_if_there_had_been_no_break(tmp_path, options):
     rows = [({**x, "day": "Mon" if x[0] > 5 else "Tue"}, y) for x, y in sea_drift(75, seed=0)]
     unbroken = model(**options)

@@ -86,9 +86,9 @@ def test_a_pickled_copy_goes_on_learning():
 
 
 def test_dropout_acts_in_steps_only():
-    ours, x_D = router(dropout=0.5, batch=1), np.ones(5)
+    ours, x_D = router(dropout=0.5, batch=1, scale=False), np.ones(5)
     np.testing.assert_array_equal(ours.logits(x_D), ours.logits(x_D))
-    plain = router(batch=1)
+    plain = router(batch=1, scale=False)
     np.testing.assert_array_equal(ours.logits(x_D), plain.logits(x_D))
     ours.learn(x_D, np.ones(4))
     plain.learn(x_D, np.ones(4))

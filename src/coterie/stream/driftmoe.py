@@ -190,7 +190,8 @@ class DriftMoEClassifier(base.Classifier):
         proba_NC = self.predict_proba(X)
         if not proba_NC.shape[1]:
             raise ValueError("no label is known yet; call partial_fit first, or give classes=")
-        return np.array(self.classes_)[proba_NC.argmax(1)]
+        labels: npt.NDArray[Any] = np.array(self.classes_)[proba_NC.argmax(1)]
+        return labels
 
     def predict_proba(self, X: "pd.DataFrame | npt.ArrayLike") -> npt.NDArray[np.float64]:
         """Probabilities [rows, classes], in the order of `classes_`."""
@@ -251,17 +252,25 @@ class DriftMoEClassifier(base.Classifier):
             return np.full(len(self.classes_), 1 / max(len(self.classes_), 1))
         row_D, logits_E = self._judged(x)
         if self.mode == "data":
-            return self.experts_.judge_rows([int(logits_E.argmax())], row_D[None], [x])[0]
-        score_C = expit(logits_E.astype(np.float64))
-        if self.task_predict == "product":
-            score_C *= self.experts_.judge(row_D, x)[0][:, 1]
+            proba_C: npt.NDArray[np.float64]
+            proba_C = self.experts_.judge_rows([int(logits_E.argmax())], row_D[None], [x])[0]
+            return proba_C
+        consulted = self.task_predict == "product"
+        score_C = self._task_scores(logits_E, self.experts_.judge(row_D, x)[0] if consulted else None)
         total = score_C.sum()
         return score_C / total if total > 0 else np.full(len(score_C), 1 / len(score_C))
+
+    def _task_scores(
+        self, logits_C: npt.NDArray[np.float32], proba_CY: npt.NDArray[np.float64] | None
+    ) -> npt.NDArray[np.float64]:
+        """By the router alone, or times what each class's tree says of its class."""
+        score_C: npt.NDArray[np.float64] = expit(logits_C.astype(np.float64))
+        return score_C if proba_CY is None else score_C * proba_CY[:, 1]
 
     def _first(self, logits_E: npt.NDArray[np.float32], proba_EC: npt.NDArray[np.float64]) -> int:
         """The expert, in mode "task" the class, that answers."""
         if self.mode == "task" and self.task_predict == "product":
-            return int((expit(logits_E) * proba_EC[:, 1]).argmax())
+            return int(self._task_scores(logits_E, proba_EC).argmax())
         return int(logits_E.argmax())
 
     def _target(
@@ -271,7 +280,8 @@ class DriftMoEClassifier(base.Classifier):
         if self.mode == "data" and self.mask == "multi_hot" and right_E.any():
             return right_E
         best = int(proba_EC[:, label].argmax()) if self.mode == "data" else label
-        return np.arange(len(right_E)) == best
+        target_E: npt.NDArray[np.bool_] = np.arange(len(right_E)) == best
+        return target_E
 
     def _learn_label(self, y: Label, x: Mapping[Any, Any]) -> int:
         """The label's number, with everything made large enough for the row and its label."""
