@@ -16,8 +16,10 @@ from scipy.special import expit
 from coterie.stream.columns import StreamColumns, rows_of
 from coterie.stream.experts import RiverExperts
 from coterie.stream.hoeffding import HoeffdingTrees
+from coterie.stream.labels import StreamLabels
 from coterie.stream.router import OnlineRouter
 from coterie.stream.saving import load, save
+from coterie.stream.settings import check_settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,17 +111,13 @@ class DriftMoEClassifier(base.Classifier):
         self.dropout, self.grace_period, self.delta = dropout, grace_period, delta
         self.max_leaves, self.expert, self.scale, self.classes = max_leaves, expert, scale, classes
         self.grow_classes, self.impute, self.seed = grow_classes, impute, seed
-        self._check_arguments()
-        self.classes_: list[Label] = list(classes or ())
+        check_settings(self)
         self.rows_seen_ = 0
         self.experts_: HoeffdingTrees | RiverExperts | None = None
         self.router_: OnlineRouter | None = None
-        self._index = {label: i for i, label in enumerate(self.classes_)}
-        self._columns = StreamColumns(impute=impute)
+        self._labels, self._columns = StreamLabels(classes, grow=grow_classes), StreamColumns(impute=impute)
         self._rng = np.random.default_rng(seed)
         self._answered_E = self._right_E = np.zeros(0, dtype=np.int64)
-        self._rows_of_class: dict[int, int] = {}
-        self._fixed = classes is not None  # whether a new label is an error
         self._features: list[Any] | None = None  # of tables
         self._warned = False
         self._last: tuple[dict[Any, Any], npt.NDArray[np.float64], npt.NDArray[np.float32]] | None = None
@@ -152,7 +150,7 @@ class DriftMoEClassifier(base.Classifier):
         self.rows_seen_ += 1
         if self.router_.learn(row_D, self._target(right_E, proba_EC, label)):
             self._last = None
-        self._warn_of_rare_classes(label)
+        self._warn_of_rare_classes()
 
     def predict_one(self, x: Mapping[Any, Any], **kwargs: Any) -> Label | None:
         """The label; None before any label is known."""
@@ -177,7 +175,7 @@ class DriftMoEClassifier(base.Classifier):
         raises.
         """
         if classes is not None:
-            self._set_classes(np.asarray(classes).tolist())
+            self._labels.fix(np.asarray(classes).tolist())
         rows, labels = self._rows(X), np.asarray(y).tolist()
         if len(rows) != len(labels):
             raise ValueError(f"{len(rows)} rows and {len(labels)} labels; should be as many")
@@ -224,6 +222,10 @@ class DriftMoEClassifier(base.Classifier):
         Raises ValueError: no such folder, or a pickle in it and not `trusted`.
         """
         return load(cls, folder, trusted=trusted)
+
+    @property
+    def classes_(self) -> list[Label]:
+        return self._labels.known
 
     @property
     def usage_(self) -> npt.NDArray[np.float64]:
@@ -285,19 +287,11 @@ class DriftMoEClassifier(base.Classifier):
 
     def _learn_label(self, y: Label, x: Mapping[Any, Any]) -> int:
         """The label's number, with everything made large enough for the row and its label."""
-        if y is None or y != y:
-            raise ValueError(f"row {self.rows_seen_}: the label is missing; learn rows that have one")
-        if y not in self._index and self._fixed and not self.grow_classes:
-            known = ", ".join(map(repr, self.classes_[:20]))
-            raise ValueError(
-                f"row {self.rows_seen_}: label {y!r} is none of {known}; use grow_classes=True to add it"
-            )
+        self._labels.check(y, self.rows_seen_)
         self._columns.learn(x, self.rows_seen_)
-        if y not in self._index:
-            self._index[y] = len(self.classes_)
-            self.classes_.append(y.item() if isinstance(y, np.generic) else y)
+        label = self._labels.number(y, self.rows_seen_)
         self._make_room()
-        return self._index[y]
+        return label
 
     def _make_room(self) -> None:
         features, classes = len(self._columns), len(self.classes_)
@@ -345,15 +339,6 @@ class DriftMoEClassifier(base.Classifier):
             max_leaves=self.max_leaves,
         )
 
-    def _set_classes(self, classes: Sequence[Label]) -> None:
-        if len(set(classes)) < 2:
-            raise ValueError(f"{len(set(classes))} classes; should be at least two")
-        if self._fixed and set(classes) != set(self.classes_):
-            raise ValueError(f"classes are {list(classes)}; they were {self.classes_} before")
-        for label in classes:
-            self._index.setdefault(label, len(self._index))
-        self.classes_, self._fixed = list(self._index), True
-
     def _rows(self, X: "pd.DataFrame | npt.ArrayLike") -> list[dict[Any, Any]]:
         rows, features = rows_of(X)
         if self._features is not None and set(features) != set(self._features):
@@ -364,40 +349,16 @@ class DriftMoEClassifier(base.Classifier):
         self._features = features
         return rows
 
-    def _warn_of_rare_classes(self, label: int) -> None:
-        self._rows_of_class[label] = self._rows_of_class.get(label, 0) + 1
+    def _warn_of_rare_classes(self) -> None:
         if self.mode == "data" or self._warned or self.rows_seen_ % _RARE_CHECK:
             return
-        rarest = min(range(len(self.classes_)), key=lambda c: self._rows_of_class.get(c, 0))
-        share = self._rows_of_class.get(rarest, 0) / self.rows_seen_
+        fewest = min(self._labels.rows)
+        share = fewest / self.rows_seen_
         if share < _RARE:
             self._warned = True
+            rarest = self.classes_[self._labels.rows.index(fewest)]
             warnings.warn(
-                f"class {self.classes_[rarest]!r} has {share:.1%} of the rows; mode='task' tends to ignore "
-                "classes under 5%, mode='data' does less so",
+                f"class {rarest!r} has {share:.1%} of the rows; mode='task' tends to ignore classes under "
+                "5%, mode='data' does less so",
                 stacklevel=3,
             )
-
-    def _check_arguments(self) -> None:
-        for name, allowed in (
-            ("mode", ("data", "task")),
-            ("mask", ("multi_hot", "best")),
-            ("task_predict", ("router", "product")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}; use one of {', '.join(allowed)}")
-        if self.n_experts < 1:
-            raise ValueError(f"n_experts={self.n_experts}; use at least 1")
-        if not 1 <= self.top_k <= self.n_experts:
-            raise ValueError(f"top_k={self.top_k} of {self.n_experts} experts; use 1 ≤ top_k ≤ n_experts")
-        if self.classes is not None and len(set(self.classes)) < 2:
-            raise ValueError(f"classes={self.classes}; give at least two different labels, or None")
-        if self.router_batch is not None and self.router_batch < 1:
-            raise ValueError(f"router_batch={self.router_batch}; use at least 1")
-        if not (0 < self.delta < 1 and 0 <= self.dropout < 1 and self.lr > 0 and self.grace_period >= 1):
-            raise ValueError(
-                f"delta={self.delta}, dropout={self.dropout}, lr={self.lr}, grace_period="
-                f"{self.grace_period}; should be 0 < delta < 1, 0 ≤ dropout < 1, lr > 0, grace_period ≥ 1"
-            )
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden={self.hidden}; give the width of at least one layer")

@@ -27,11 +27,11 @@ def save(model: "DriftMoEClassifier", folder: str | Path) -> Path:
             )
     learnt = {
         "classes": model.classes_,
-        "fixed": model._fixed,
+        "rows_of_class": model._labels.rows,
+        "fixed": model._labels.fixed,
         "features": model._features,
         "columns": model._columns.names,
         "rows_seen": model.rows_seen_,
-        "rows_of_class": list(model._rows_of_class.items()),
         "warned": model._warned,
         "rng": model._rng.bit_generator.state,
         "given_experts": model.expert is not None,
@@ -62,8 +62,7 @@ def load(cls: "type[DriftMoEClassifier]", folder: str | Path, *, trusted: bool) 
     classes = parameters.pop("classes")
     model = cls(**parameters, classes=None if classes is None else tuple(classes), expert=expert)
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    model.classes_, model._fixed = learnt["classes"], learnt["fixed"]
-    model._index = {label: i for i, label in enumerate(model.classes_)}
+    model._labels.set(learnt["classes"], learnt["rows_of_class"], learnt["fixed"])
     model._features = learnt["features"]
     for feature, value in learnt["columns"]:
         model._columns.add((feature, value))
@@ -77,7 +76,6 @@ def load(cls: "type[DriftMoEClassifier]", folder: str | Path, *, trusted: bool) 
             model.experts_ = experts
     model._answered_E, model._right_E = arrays["answered"], arrays["right"]
     model.rows_seen_, model._warned = learnt["rows_seen"], learnt["warned"]
-    model._rows_of_class = dict(learnt["rows_of_class"])
     model._rng.bit_generator.state = learnt["rng"]
     return model
 
