@@ -85,14 +85,15 @@ def main() -> None:
         ]
         print_table(f"{name}, {arf['instances']:,} rows", columns, lines)
         sys.stdout.flush()
-    won = sum(
-        s["DriftMoE, batch 32"]["per_second"] >= s["ARF(10)"]["per_second"]
-        and s["DriftMoE, batch 32"]["accuracy"] >= s["ARF(10)"]["accuracy"]
-        for s in result["streams"].values()
-    )
-    print(
-        f"DriftMoE, batch 32, as fast and as accurate as ARF(10): {won} of {len(result['streams'])} streams"
-    )
+    for variant in (name for name in models(0) if name.startswith("DriftMoE")):
+        won = [
+            name
+            for name, s in result["streams"].items()
+            if s[variant]["per_second"] >= s["ARF(10)"]["per_second"]
+            and s[variant]["accuracy"] >= s["ARF(10)"]["accuracy"]
+        ]
+        of = len(result["streams"])
+        print(f"{variant}: as fast and as accurate as ARF(10) on {len(won)} of {of}: {', '.join(won)}")
     print(f"{result['environment']['versions']}; {result['environment']['machine']}, {platform.processor()}")
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
