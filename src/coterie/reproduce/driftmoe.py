@@ -53,14 +53,15 @@ def run(seed: int, budget: Budget, data: Any, *, stream: str, model: Callable[[i
     drifts: Sequence[int] = [segment, 2 * segment, 3 * segment]
     if data is not None and stream == "sea":
         rows, drifts = islice(data, 120 if budget == "smoke" else None), []
-    classifier, score = model(seed), PrequentialScore(min(WINDOW, segment), drifts)
+    window = min(WINDOW, segment)
+    classifier, score = model(seed), PrequentialScore(window, drifts)
     right, curve = [], []
     for x, y in rows:
         predicted = classifier.predict_one(x)
         score.update(y, predicted)
         right.append(predicted is not None and predicted == y)
         classifier.learn_one(x, y)
-        if score.rows % WINDOW == 0:
+        if score.rows % window == 0:
             curve.append((score.rows, score.window_accuracy))
     last = right[len(right) * 3 // 4 :]
     values = {
