@@ -1,13 +1,15 @@
-"""Text as bytes: find, split, window, order it in batches. Tables, small images, corruptions."""
+"""Text as bytes: find, split, window, order it in batches. Tables, streams, small images, corruptions."""
 
 from coterie.data.batches import ShuffledBatches, whole_batches
 from coterie.data.corruption import attack_tokens, corrupt_images
 from coterie.data.decisions import COMPAS_FEATURES, MORTGAGE_FEATURES, compas, mortgages
 from coterie.data.domain_markov import domain_markov
+from coterie.data.drift import DriftStream, led_drift, rbf_drift, sea_drift
 from coterie.data.files import Span, find_text, split_by_file, stdlib_sources
 from coterie.data.images import digits, read_digits
 from coterie.data.panel import daily_features, forward_return, panel_frame, robust_zscore_by_day
 from coterie.data.panel_windows import PanelWindows, Split, purged_splits
+from coterie.data.stream import read_stream, records, stream_chunks
 from coterie.data.tables import TableEncoder, check_columns, import_pandas, read_table, table_chunks
 from coterie.data.text import ByteCorpus, ByteWindows
 from coterie.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, byte_tokenizer
@@ -19,6 +21,7 @@ __all__ = [
     "VOCAB_SIZE",
     "ByteCorpus",
     "ByteWindows",
+    "DriftStream",
     "PanelWindows",
     "ShuffledBatches",
     "Span",
@@ -35,14 +38,20 @@ __all__ = [
     "find_text",
     "forward_return",
     "import_pandas",
+    "led_drift",
     "mortgages",
     "panel_frame",
     "purged_splits",
+    "rbf_drift",
     "read_digits",
+    "read_stream",
     "read_table",
+    "records",
     "robust_zscore_by_day",
+    "sea_drift",
     "split_by_file",
     "stdlib_sources",
+    "stream_chunks",
     "table_chunks",
     "whole_batches",
 ]
