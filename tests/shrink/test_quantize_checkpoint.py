@@ -87,7 +87,10 @@ def test_eight_bits_for_all_change_little(checkpoint, texts, tmp_path, method):
         (["--bits", 3.5], "bit budget 3.5 per expert is infeasible: model.layers.0.mlp has 8 experts"),
         (["--bits", 1], "use 1.375 … 3"),
         (["--bits", 2.5, "--method", "rtn"], "rtn gives all experts the same bits=2.5; use one of 1, 2, 3"),
-        (["--bits", 2, "--method", "magic"], "no method 'magic'; use one of mc-sharp, gptq, rtn"),
+        (
+            ["--bits", 2, "--method", "magic"],
+            "no method 'magic'; use one of mc-sharp, moequant, gptq, awq, rtn",
+        ),
         (["--bits", 2, "--group-size", 33], "group_size=33; use a multiple of 32"),
     ],
 )

@@ -222,7 +222,7 @@ def quantize(
     method: Annotated[
         str,
         typer.Option(
-            help="mc-sharp: 1, 2 or 3 bits, whatever each expert needs. moequant, gptq, awq, rtn: all the same."
+            help="mc-sharp: 1, 2 or 3 bits, as each expert needs. moequant, gptq, awq, rtn: all the same."
         ),
     ] = "mc-sharp",
     affinity: Annotated[

@@ -1,4 +1,4 @@
-"""Packed experts on disk: models by `save_packed` and `load_packed`, one bank by `save_bank` and `load_bank`."""
+"""Packed experts on disk: whole models, by `save_packed` and `load_packed`, and single banks."""
 
 import json
 import os

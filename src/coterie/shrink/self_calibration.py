@@ -73,8 +73,8 @@ def write_calibration(
         width: of ebss.
         tau: of ebss.
         expand: of ebss.
-        first: "vocab" or "bos". Given a tokenizer, "vocab" is its tokens without the special ones: the model's
-            vocabulary may be padded with tokens that no text has.
+        first: "vocab" or "bos". Given a tokenizer, "vocab" is its tokens without the special ones: the
+            model's vocabulary may be padded with tokens that no text has.
         seed: of what is drawn.
         progress: True for a bar, False for silence, None for a bar on a terminal and plain lines elsewhere.
 
