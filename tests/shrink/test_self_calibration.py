@@ -51,7 +51,13 @@ def test_the_table_says_how_even_the_text_is(coterie, checkpoint, tmp_path):
     arguments = ["--out", tmp_path / "own.jsonl", "--n", 2, "--length", 8]
     status, printed, _ = coterie("calib", checkpoint, *arguments)
     assert status == 0
-    for row in ("Written by the model, ebss", "sigma", "nats per token", "no token reached", "--calib reads it"):
+    for row in (
+        "Written by the model, ebss",
+        "sigma",
+        "nats per token",
+        "no token reached",
+        "--calib reads it",
+    ):
         assert row in printed
 
 

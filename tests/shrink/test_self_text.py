@@ -159,7 +159,9 @@ def test_bad_wishes_are_refused(model, options, message):
 
 
 def test_a_dense_model_and_no_text_are_refused(model):
-    dense = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=8, num_hidden_layers=1))
+    dense = LlamaForCausalLM(
+        LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=8, num_hidden_layers=1)
+    )
     with pytest.raises(ValueError, match="no MoE block"):
         ebss(dense, 1, 4)
     with pytest.raises(ValueError, match="no text"):
