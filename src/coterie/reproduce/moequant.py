@@ -167,16 +167,16 @@ CLAIMS = [
         "calibrated on text by EBSS, the loss is 0.02 nats or more below that with text of one domain",
         lambda arms: _loss(arms, "one-domain") - _loss(arms, "ebss"),
         at_least=0.02,
-        note="Text by plain sampling serves the model better here, and so does rounding to nearest, which needs "
-        "no text: see the table. EBSS with continuations that are drawn lies in between.",
+        note="Text by plain sampling serves the model better here, and so does rounding to nearest, which "
+        "needs no text: see the table. EBSS with continuations that are drawn lies in between.",
     ),
     Claim(
         "EBSS uses experts more evenly: its sigma is at most 0.7 of that of one domain",
         lambda arms: _loss(arms, "ebss", "sigma") / _loss(arms, "one-domain", "sigma"),
         at_most=0.7,
-        note="Planned with three seeds, on the first three of which it is 0.699. The seeds differ: beams give "
-        "many sentences the same end, and then some experts get most of it. Where continuations are drawn, it "
-        "is 0.57. At tau=1.2 sigma itself is too small to decide more than near ties.",
+        note="Planned with three seeds, on the first three of which it is 0.699. The seeds differ: beams "
+        "give many sentences the same end, and then some experts get most of it. Where continuations are "
+        "drawn, it is 0.57. At tau=1.2 sigma itself is too small to decide more than near ties.",
     ),
     Claim(
         "text of one domain costs 0.05 nats or more against a mixture of all",
