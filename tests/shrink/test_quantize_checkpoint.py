@@ -200,6 +200,23 @@ def test_other_families_layer_by_layer(make, tmp_path):
     same_tensors(tmp_path / "streamed", tmp_path / "whole")
 
 
+def test_other_text_to_test_on_leaves_all_of_the_calibration_text_to_calibrate_on(
+    coterie, checkpoint, texts, tmp_path
+):
+    arguments = ["--bits", 3, "--method", "rtn", "--calib", texts[0], "--json", "--out", tmp_path / "out"]
+    done = json.loads(coterie("quantize", checkpoint, *arguments, "--test", texts[1])[1])
+    seen, tested = (
+        read_text(text, AutoTokenizer.from_pretrained(checkpoint), max_tokens=65536, seq_len=64)
+        for text in texts
+    )
+    assert done["calibration_tokens"] == sum(map(len, seen))
+    assert done["heldout_tokens"] == sum(map(len, tested))
+    expected = [
+        perplexity(model, batches(tested)) for model in (load(checkpoint), load_packed(tmp_path / "out"))
+    ]
+    assert done["perplexity"] == pytest.approx(expected)
+
+
 def test_affinity_with_gptq_is_moequant(checkpoint, texts, tmp_path):
     options = {"bits": 3, "calib": texts[:1], "progress": False}
     quantize_checkpoint(checkpoint, tmp_path / "a", method="gptq", affinity=True, **options)

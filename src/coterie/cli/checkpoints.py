@@ -219,6 +219,10 @@ def quantize(
     bits: Annotated[
         float, typer.Option(help="Per expert, on average for mc-sharp (2.05); else 1, 2, 3, 4 or 8.")
     ],
+    test: Annotated[
+        list[Path] | None,
+        typer.Option(help="Measure perplexity on this text instead, as for text that the model wrote."),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
@@ -256,6 +260,7 @@ def quantize(
             out,
             bits=bits,
             calib=calib,
+            test=test or [],
             method=method,
             affinity=affinity,
             group_size=group_size,

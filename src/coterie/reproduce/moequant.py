@@ -203,7 +203,7 @@ def _output_error(
         num_experts_per_tok=4,
         norm_topk_prob=True,
     )
-    model = Qwen3MoeForCausalLM(config).eval()
+    model = Qwen3MoeForCausalLM(config)
     (block,) = find_moe_blocks(model)
     draw = torch.Generator().manual_seed(seed)
     rows_ED, experts = block.router.rows, block.experts

@@ -47,8 +47,8 @@ class Quantized:
         expert_bytes: bytes of routed experts (before, after), scales and padding included.
         memory: bytes of all parameters and buffers (before, after).
         disk: bytes of the safetensors files (before, after).
-        perplexity: on the held-out end of the calibration text (before, after); None in a dry run and when
-            streamed.
+        perplexity: on the held-out end of the calibration text, or on `test` (before, after); None in a dry
+            run and when streamed.
         speed: tokens per second of forward passes (before, after), the two models by turns; None as above.
         calibration_tokens: read.
         heldout_tokens: tested on.
@@ -87,6 +87,7 @@ def quantize_checkpoint(
     *,
     bits: float,
     calib: Sequence[Path | str],
+    test: Sequence[Path | str] = (),
     method: str = MC_SHARP,
     affinity: bool = False,
     group_size: int = 128,
@@ -110,7 +111,8 @@ def quantize_checkpoint(
         out: a new folder, for `load_packed`; None only in a dry run.
         bits: per expert, on average over each block for mc-sharp, at most; for the others 1 (not awq), 2, 3,
             4 or 8.
-        calib: text or .jsonl files; see `read_text`. The last tenth of each is held out.
+        calib: text or .jsonl files; see `read_text`. The last tenth of each is held out, to test on.
+        test: other files to test on instead: text like that of the calibration shows little of the damage.
         method: mc-sharp, which gives each expert 1, 2 or 3 bits and rounds with GPTQ; or moequant, gptq, awq
             or rtn, which give all the same.
         affinity: count each token by its combine weight, as moequant does, with gptq, awq or mc-sharp.
@@ -133,7 +135,14 @@ def quantize_checkpoint(
     rounding = BlockRounding(method, bits, group_size, affinity)
     model = _check(folder, out, rounding, dry_run)
     tokenizer = read_tokenizer(folder)
-    seen, heldout = _read(calib, tokenizer, model.config.get_text_config(), max_tokens, seq_len, chat)
+    if not calib:
+        raise ValueError("no calibration text was given; give a text or .jsonl file")
+    settings = (tokenizer, model.config.get_text_config(), max_tokens, seq_len, chat)
+    texts, tested = _read(calib, *settings), _read(test, *settings)
+    if not test:
+        parts = [held_out(text) for text in texts]
+        texts, tested = [seen for seen, _ in parts], [rest for _, rest in parts]
+    seen, heldout = ([ids for text in each for ids in batches(text)] for each in (texts, tested))
     if out is not None and not dry_run:
         rounding.folder = kept_folder(out, identity(folder, [seen], rounding))
     job = _Job(folder, None if dry_run else out, rounding, seen, heldout, tokenizer)
@@ -250,19 +259,14 @@ def _check(folder: Path, out: Path | None, rounding: BlockRounding, dry_run: boo
 
 
 def _read(
-    calib: Sequence[Path | str], tokenizer: Any, config: Any, max_tokens: int, seq_len: int, chat: bool
-) -> tuple[list[Tensor], list[Tensor]]:
-    if not calib:
-        raise ValueError("no calibration text was given; give a text or .jsonl file")
-    seen, rest = [], []
-    for path in calib:
-        seq_len = min(seq_len, config.max_position_embeddings)
-        sequences = read_text(path, tokenizer, max_tokens=max_tokens, seq_len=seq_len, chat=chat)
-        check_vocabulary(path, sequences, config.vocab_size)
-        calibrate, heldout = held_out(sequences)
-        seen += batches(calibrate)
-        rest += batches(heldout)
-    return seen, rest
+    paths: Sequence[Path | str], tokenizer: Any, config: Any, max_tokens: int, seq_len: int, chat: bool
+) -> list[list[list[int]]]:
+    """The sequences of each file."""
+    texts, seq_len = [], min(seq_len, config.max_position_embeddings)
+    for path in paths:
+        texts.append(read_text(path, tokenizer, max_tokens=max_tokens, seq_len=seq_len, chat=chat))
+        check_vocabulary(path, texts[-1], config.vocab_size)
+    return texts
 
 
 def _write(model: PreTrainedModel, blocks: list[MoEBlock], tokenizer: Any, out: Path) -> None:
