@@ -26,7 +26,7 @@ from coterie.shrink.prune import (
 from coterie.shrink.quantize import awq, rtn
 from coterie.shrink.quantize_block import quantize_block
 from coterie.shrink.routed import RoutedTokens, block_inputs, routed_tokens
-from coterie.shrink.self_text import SelfText, balance_sigma, ebss, expert_usage, self_sample
+from coterie.shrink.self_text import SelfText, ebss, self_sample
 from coterie.shrink.top_any import (
     Kept,
     PrefixMask,
@@ -36,6 +36,7 @@ from coterie.shrink.top_any import (
     train_top_any,
     weight_ratio,
 )
+from coterie.shrink.usage import balance_sigma, expert_usage
 
 __all__ = [
     "IMPORTANCE",

@@ -11,7 +11,8 @@ from coterie.hf import find_moe_blocks, load, outline
 from coterie.shrink.calibrate import batches
 from coterie.shrink.checkpoint import read_tokenizer
 from coterie.shrink.progress import showing
-from coterie.shrink.self_text import balance_sigma, ebss, expert_usage, self_sample
+from coterie.shrink.self_text import ebss, self_sample
+from coterie.shrink.usage import balance_sigma, expert_usage
 
 METHODS = ("ebss", "self")
 BATCH = 8  # sentences at a time

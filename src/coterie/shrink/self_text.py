@@ -1,4 +1,4 @@
-"""Calibration text that a model writes itself, and how evenly a text uses its experts.
+"""Calibration text that a model writes itself.
 
 text = ebss(model, n=128, length=512)
 usage = expert_usage(model, [text.ids_NS])
@@ -7,16 +7,16 @@ print(text.nll_N.mean(), balance_sigma(usage))
 Letters: N sentences, W branches of each, S tokens, V vocabulary, L blocks, E experts of a block.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from coterie.hf import MoEBlock, find_moe_blocks
+from coterie.hf import find_moe_blocks
+from coterie.shrink.usage import balance_sigma, counting, to_shares
 
 FirstToken = Literal["vocab", "bos"] | Sequence[int]
 DRAWS = 2  # continuations that expand="sample" draws of each branch
@@ -33,43 +33,6 @@ class SelfText:
 
     ids_NS: Tensor
     nll_N: Tensor
-
-
-def balance_sigma(usage: Sequence[Tensor]) -> Tensor:
-    """How unevenly experts are used: the standard deviation of their shares, the mean over blocks.
-
-    Args:
-        usage: of each block [..., E] shares, which sum to 1.
-
-    Returns [...]: 0 where all are used alike.
-
-    Source: MoEQuant (2025), section 3.2, with 1/(E - 1) inside the root.
-
-    >>> balance_sigma([torch.tensor([0.5, 0.5, 0.0, 0.0]), torch.tensor([0.25] * 4)]).item()
-    0.14433756470680237
-    """
-    return torch.stack([shares.std(-1) for shares in usage]).mean(0)
-
-
-@torch.no_grad()
-def expert_usage(model: PreTrainedModel, batches_BS: Sequence[Tensor]) -> list[Tensor]:
-    """Of each MoE block [E]: the share of its assignments that each expert gets when the model reads text.
-
-    Args:
-        model: in evaluation mode.
-        batches_BS: token ids [B, S] each, without padding.
-
-    Raises ValueError if there is no text.
-    """
-    if not batches_BS:
-        raise ValueError("there is no text to count experts on; give at least one batch")
-    blocks = find_moe_blocks(model)
-    totals = [torch.zeros(block.num_experts) for block in blocks]
-    with _counting(blocks) as counts:
-        for ids_BS in batches_BS:
-            model(ids_BS.to(model.device))
-            totals = [total + found.sum(0) for total, found in zip(totals, counts(1), strict=True)]
-    return [_shares(total) for total in totals]
 
 
 def self_sample(
@@ -179,13 +142,13 @@ def _searched(
     ids_NWS, logp_NW = first_N.view(n, 1, 1), torch.zeros(n, 1)
     used = [torch.zeros(n, 1, block.num_experts) for block in blocks]
     read = _Reader(model)
-    with _counting(blocks) as counts:
+    with counting(blocks) as counts:
         for tokens in range(2, length + 1):
             branches = ids_NWS.shape[1]
             next_NWV = read(ids_NWS[..., -1].flatten()).view(n, branches, -1)
             found = [count.view(n, branches, -1) for count in counts(n * branches)]
             used = [old + new for old, new in zip(used, found, strict=True)]
-            usage = [_shares(mine + others) for mine, others in zip(used, before, strict=True)]
+            usage = [to_shares(mine + others) for mine, others in zip(used, before, strict=True)]
             sigma_NW = balance_sigma(usage)
             score_NWV = -(logp_NW.unsqueeze(2) + next_NWV) / tokens + sigma_NW.unsqueeze(2) / tau
             if draw is not None:
@@ -243,33 +206,6 @@ class _Reader:
             cache.reorder_cache(rows.to(self.model.device))
 
 
-@contextmanager
-def _counting(blocks: Sequence[MoEBlock]) -> Iterator[Callable[[int], list[Tensor]]]:
-    """Yields a function of R that gives, of each block, [R, E] slots by expert of the last pass's R rows."""
-    seen: list[Tensor] = [torch.empty(0)] * len(blocks)
-
-    def hook(number: int) -> Any:
-        def before_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[number] = (args[1] if len(args) > 1 else kwargs["top_k_index"]).detach().long().cpu()
-
-        return before_experts
-
-    def counts(rows: int) -> list[Tensor]:
-        found = []
-        for block, experts_TK in zip(blocks, seen, strict=True):
-            outside_TK = (experts_TK < 0) | (experts_TK >= block.num_experts)
-            experts_RN = experts_TK.masked_fill(outside_TK, block.num_experts).reshape(rows, -1)
-            zeros = torch.zeros(rows, block.num_experts + 1)
-            found.append(zeros.scatter_add_(1, experts_RN, torch.ones_like(experts_RN, dtype=zeros.dtype)))
-        return [count[:, :-1] for count in found]
-
-    with ExitStack() as hooks:
-        for number, block in enumerate(blocks):
-            handle = block.bank.register_forward_pre_hook(hook(number), with_kwargs=True)
-            hooks.callback(handle.remove)
-        yield counts
-
-
 def _first_tokens(
     model: PreTrainedModel,
     n: int,
@@ -297,10 +233,6 @@ def _first_tokens(
     if not len(ids) or not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
         raise ValueError(f"first_token holds ids outside the vocabulary of {config.vocab_size}, or none")
     return ids[torch.randint(len(ids), (n,), generator=draw)]
-
-
-def _shares(counts: Tensor) -> Tensor:
-    return counts / counts.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _joined(parts: Sequence[SelfText]) -> SelfText:
