@@ -85,8 +85,9 @@ def read_text(
 
     Args:
         path: a text file, which is one document; a .jsonl file with a document a line, see
-            `coterie.hf.calibration.documents`; or a folder of these.
-        tokenizer: the checkpoint's; None will do where every line has "input_ids".
+            `coterie.hf.calibration.documents`; a folder of these; or token ids as .pt or .safetensors, a
+            document a row.
+        tokenizer: the checkpoint's; None will do where all are ids.
         max_tokens: read no more than about this many.
         seq_len: tokens.
         chat: read "messages", too, through the tokenizer's chat template.
