@@ -102,15 +102,16 @@ def documents(
 ) -> Iterator[str | list[int]]:
     """The texts in a file or folder, in order, or their ids where a line of a .jsonl file holds those.
 
-    Of token ids as .pt or .safetensors each row is a document. A line of a .jsonl file is an object with "text", with "input" and "output" (a question, the model's own
-    answer), or with "input_ids"; given `chat`, also with "messages", a list of {"role", "content"}, which
-    become ids through its chat template. Of a plain text file the first `characters` are read.
+    Of token ids as .pt or .safetensors each row is a document. A line of a .jsonl file is an object with
+    "text", with "input" and "output" (a question, the model's own answer), or with "input_ids"; given `chat`,
+    also with "messages", a list of {"role", "content"}, which become ids through its chat template. Of a plain
+    text file the first `characters` are read.
 
     Raises ValueError if there is none, or a line of a .jsonl file holds none of these.
     """
     if holds_ids(path):
         ids = _read_ids(path)
-        yield from ids.reshape(-1, ids.shape[-1]).tolist()
+        yield from ids.reshape(-1, ids.shape[-1] if ids.dim() else 1).tolist()
         return
     if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         yield from _dataset(path)
@@ -203,4 +204,4 @@ def _read_ids(path: Path) -> Tensor:
         [loaded] = loaded.values()
     if not isinstance(loaded, Tensor) or loaded.is_floating_point() or loaded.is_complex():
         raise ValueError(f"{path} should hold one tensor of token ids, integers")
-    return torch.atleast_1d(loaded.long())
+    return loaded.long()
