@@ -149,8 +149,9 @@ def test_an_interrupted_run_goes_on_after_the_last_block_it_did(
     assert "the same command goes on with what is left" in err
     assert not out.exists()
     monkeypatch.setattr(rounding, "expert_statistics", None)  # bits were chosen
-    status, _, err = coterie("quantize", checkpoint, *arguments, "--out", out)
+    status, printed, err = coterie("quantize", checkpoint, *arguments, "--out", out)
     assert status == 0, err
+    assert ("tokens/s" in printed, "perplexity" in printed) == (not stream, not stream)
     assert rounded == ["model.layers.0.mlp", "model.layers.1.mlp", "model.layers.1.mlp"]
     same_tensors(out, tmp_path / "straight")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "prose.txt", "straight", "sums.jsonl"]

@@ -104,8 +104,8 @@ def documents(
 
     Of token ids as .pt or .safetensors each row is a document. A line of a .jsonl file is an object with
     "text", with "input" and "output" (a question, the model's own answer), or with "input_ids"; given `chat`,
-    also with "messages", a list of {"role", "content"}, which become ids through its chat template. Of a plain
-    text file the first `characters` are read.
+    also with "messages", a list of {"role", "content"}, which become ids through its chat template. Of a
+    plain text file the first `characters` are read.
 
     Raises ValueError if there is none, or a line of a .jsonl file holds none of these.
     """
