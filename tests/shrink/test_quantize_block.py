@@ -144,7 +144,8 @@ def test_bytes_are_foretold(model, group_size):
 def test_bytes_of_input_scales_are_foretold(model):
     block = find_moe_blocks(model)[0]
     foretold = packed_nbytes(block, [4] * 8, 32, scaled=True)
-    packed = quantize_block(block, block_inputs(model, block, [IDS]), [4] * 8, "awq", group_size=32)
+    options = {"group_size": 32, "factors": (1.0,)}
+    packed = quantize_block(block, block_inputs(model, block, [IDS]), [4] * 8, "awq", **options)
     assert pack_block(model, block, *packed).packed.nbytes == foretold
 
 

@@ -14,10 +14,17 @@ from coterie.hf import find_moe_blocks, load
 from coterie.shrink import bytes_on_disk, load_packed, perplexity, rounding, save_packed
 from coterie.shrink import quantize_checkpoint as quantizing
 from coterie.shrink.calibrate import batches, held_out, read_text
-from coterie.shrink.quantize_block import quantize_block
+from coterie.shrink.quantize_block import CLIPPING, SEARCH, quantize_block
 from coterie.shrink.quantize_checkpoint import quantize_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # tiny text: some experts see no token
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Fewer scales are searched."""
+    for search in (SEARCH, CLIPPING):
+        monkeypatch.setitem(search, "factors", [1.0, 0.95])
 
 
 @pytest.fixture
