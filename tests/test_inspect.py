@@ -186,3 +186,14 @@ def test_bad_input_is_one_line_and_exit_status_2(run, files, texts, tmp_path):
         assert (code, shown) == (2, ""), errors
         assert message in errors
         assert errors.strip().count("\n") == 0, errors
+
+
+def test_conversations_are_read_when_asked_for(files, tmp_path, monkeypatch, capsys):
+    text = tmp_path / "chat.jsonl"
+    text.write_text(json.dumps({"messages": [{"role": "user", "content": "abcdefgh " * 9}]}))
+    arguments = ["coterie", "inspect", str(files / "model"), "--text", str(text), "--chat"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    assert "no chat template" in capsys.readouterr().err

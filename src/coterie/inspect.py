@@ -77,6 +77,7 @@ def inspect(
     *,
     tokens: int = 4096,
     length: int = 512,
+    chat: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Inspection:
     """Runs a checkpoint on text, one decoder layer in memory at a time, and says what its experts did.
@@ -86,6 +87,7 @@ def inspect(
         texts: see `coterie.hf.calibration_ids`; several are compared with each other.
         tokens: of each text, at most.
         length: of a sequence.
+        chat: see `coterie.hf.calibration_ids`.
         progress: called with the number of blocks that are done, and of all.
 
     Raises ValueError if the model has no MoE blocks or cannot be streamed, or a text cannot be used.
@@ -98,7 +100,7 @@ def inspect(
     vocab_size = checkpoint.model.config.get_text_config().vocab_size
     tokenizer = None if all(map(holds_ids, texts)) else load_tokenizer(model)
     ids_BS = [
-        calibration_ids(text, tokenizer, tokens=tokens, length=length, vocab_size=vocab_size)
+        calibration_ids(text, tokenizer, tokens=tokens, length=length, vocab_size=vocab_size, chat=chat)
         for text in texts
     ]
 

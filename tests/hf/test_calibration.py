@@ -83,6 +83,46 @@ def test_what_cannot_be_used_is_named(tmp_path):
     refused(tmp_path / "a.pt", r"holds ids from 280 to 343; the model's vocabulary has 0 … 299")
 
 
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there, " * 3}]
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+
+
+def chatting(template=TEMPLATE):
+    tokenizer = byte_tokenizer(512)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_conversations_go_through_the_chat_template_when_asked_for(tmp_path):
+    path, lines = tmp_path / "a.jsonl", [{"messages": CHAT}, {"text": "plain"}, {"messages": CHAT[:1]}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    options = {"tokens": 1000, "length": 1000, "vocab_size": 300}
+    found = calibration_ids(path, chatting(), chat=True, **options).flatten().tolist()
+    first = b"<user>Hi\n<assistant>" + b"Hello there, " * 3 + b"\n"
+    assert found == [*first, END, *b"plain", END, *b"<user>Hi\n", END]
+    with pytest.raises(ValueError, match=r"line 1 holds messages; give .* ask for it \(--chat\)"):
+        calibration_ids(path, chatting(), **options)
+
+
+def test_conversations_that_cannot_be_rendered_are_named(tmp_path):
+    strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}" + TEMPLATE
+    path = tmp_path / "a.jsonl"
+    for line, tokenizer, message in [
+        ({"messages": CHAT}, byte_tokenizer(512), "no chat template to read conversations with"),
+        ({"messages": "Hi"}, chatting(), 'line 1: "messages" should be a list of objects'),
+        ({"messages": []}, chatting(), 'line 1: "messages" should be a list of objects'),
+        (
+            {"messages": CHAT[1:]},
+            chatting(strict),
+            "line 1: the chat template cannot render this: user first",
+        ),
+    ]:
+        path.write_text(json.dumps(line))
+        with pytest.raises(ValueError, match=message) as caught:
+            calibration_ids(path, tokenizer, tokens=100, length=16, vocab_size=300, chat=True)
+        assert "\n" not in str(caught.value)
+
+
 def test_a_folder_without_a_tokenizer_and_one_with_a_damaged_one_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
     with pytest.raises(ValueError, match=r"has no tokenizer; add .* or give token ids"):

@@ -8,7 +8,7 @@ import torch
 from families import families, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from coterie.hf import Checkpoint, find_moe_blocks, load, recording, save, stream_records
+from coterie.hf import Checkpoint, find_moe_blocks, load, recording, save, stream_layers, stream_records
 
 FAMILIES = [
     ("mixtral", "MixtralExperts"),
@@ -62,6 +62,57 @@ def test_every_family_is_streamed_or_refused(family, experts, tmp_path):
         refused(tmp_path, "load the whole model instead|cannot be recorded")
     else:
         assert_streams(tmp_path)
+
+
+@torch.no_grad()
+def reads(model, blocks, passes):
+    """What each block reads in these passes, [T, D]."""
+    seen = [[] for _ in blocks]
+    hooks = [
+        block.module.register_forward_pre_hook(
+            lambda _, args, inputs=inputs: inputs.append(args[0].flatten(0, 1))
+        )
+        for block, inputs in zip(blocks, seen, strict=True)
+    ]
+    for run in passes:
+        run()
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(inputs) for inputs in seen]
+
+
+class Half(torch.nn.Module):
+    """In the place of a bank: half of each token."""
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return hidden_states / 2
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_layers_see_what_the_edited_ones_below_give(folder, replace):
+    model = load(folder)
+    whole, runs = find_moe_blocks(model), [lambda ids=ids: model(ids) for ids in BATCHES]
+    original = reads(model, whole, runs)
+    if replace:
+        model.model.layers[0].mlp.experts = Half()
+    else:
+        whole[0].experts.down.mul_(3)
+    expected = reads(model, whole, runs)
+    checkpoint = Checkpoint(folder)
+    banks = [block.bank for block in checkpoint.blocks]
+    found = []
+    for block, passes in stream_layers(checkpoint, BATCHES):
+        found += reads(checkpoint.model, [block], passes)
+        if block is checkpoint.blocks[0]:
+            if replace:
+                checkpoint.model.model.layers[0].mlp.experts = Half()
+            else:
+                block.experts.down.mul_(3)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert not torch.equal(found[1], original[1])
+    assert [layer.mlp.experts for layer in checkpoint.model.model.layers] == banks
+    assert all(t.is_meta for t in checkpoint.model.model.layers.parameters())
 
 
 def test_layers_without_experts_are_passed_through(tmp_path):

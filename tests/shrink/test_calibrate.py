@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from coterie.data import byte_tokenizer
 from coterie.hf import find_moe_blocks, recording
@@ -21,6 +22,15 @@ def test_each_document_is_cut_into_sequences_of_its_own(tmp_path):
     sequences = read(file)
     assert [len(ids) for ids in sequences] == [64, 64, 22, 64, 6, 40]
     assert sequences[3] == [98] * 60 + [99] * 4
+
+
+@pytest.mark.parametrize("name", ["ids.pt", "ids.safetensors"])
+def test_rows_of_token_ids_are_documents_and_need_no_tokenizer(tmp_path, name):
+    ids, path = torch.arange(300).view(3, 100), tmp_path / name
+    torch.save(ids, path) if name.endswith("pt") else save_file({"ids": ids}, path)
+    found = read_text(path, None, max_tokens=1000, seq_len=60)
+    assert list(map(len, found)) == [60, 40] * 3
+    assert [i for sequence in found for i in sequence] == list(range(300))
 
 
 def test_no_more_is_read_than_was_asked_for(tmp_path):

@@ -115,6 +115,29 @@ def test_a_merge_that_cannot_be_is_refused_before_the_model_runs(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["prose.txt", "sums.jsonl"]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # tiny text: some experts see no token
+@pytest.mark.parametrize(
+    "command", [["prune", "--keep", 4], ["merge", "--groups", 4], ["quantize", "--bits", 2]]
+)
+def test_conversations_calibrate_when_asked_for(coterie, checkpoint, tmp_path, command):
+    model, calib = tmp_path / "model", tmp_path / "chat.jsonl"
+    shutil.copytree(checkpoint, model)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    line = json.dumps({"messages": [{"role": "user", "content": "why " * 10}]})
+    calib.write_text("\n".join([line] * 20))
+    name, *size = command
+    arguments = [name, model, *size, "--calib", calib, "--dry-run", "--json"]
+    status, printed, err = coterie(*arguments, "--chat")
+    assert status == 0, err
+    tokens = json.loads(printed)["calibration_tokens"]
+    assert tokens in (18 * 47, [18 * 47]), "user: , forty letters, a new line; the last two are held out"
+    status, _, err = coterie(*arguments)
+    assert status == 2
+    assert "ask for it (--chat)" in err
+
+
 DERN = ["merge", "--groups", 4, "--method", "dern", "--threshold", 0.2]
 
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from tiny_models import tiny
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from coterie.hf import find_moe_blocks
-from coterie.shrink import block_inputs, pack_block, quantize_block, routed_tokens
-from coterie.shrink.packed_blocks import expert_matrices, expert_output, packed_nbytes
+from coterie.shrink import awq, block_inputs, gptq, pack_block, quantize_block, routed_tokens
+from coterie.shrink.packed_blocks import bank_name, expert_matrices, expert_output, packed_nbytes, placed
 
 IDS = torch.randint(257, (4, 60), generator=torch.Generator().manual_seed(0))
 BITS = [1, 2, 3, 4, 8, 3, 2, 1]
@@ -53,6 +54,45 @@ def output_error(block, inputs_TD, packed):
     return total
 
 
+@pytest.mark.parametrize("rounding", ["gptq", "awq"])
+def test_an_expert_is_rounded_on_its_tokens_times_the_root_of_their_weights(model, rounding):
+    block = find_moe_blocks(model)[0]
+    inputs_TD = block_inputs(model, block, [IDS])
+    options = {"group_size": 32, "factors": (1.0,)}
+    w_in, w_out = quantize_block(block, inputs_TD, [3] * 8, rounding, affinity=True, **options)
+    expert = 5
+    x_nD, weights_n = routed_tokens(block, inputs_TD).of(expert)
+    assert weights_n.std() > 0.05
+    first, last = expert_matrices(block, expert)
+
+    def rounded(matrices, read_nD):
+        scaled_nD = (read_nD * weights_n.sqrt().unsqueeze(1)).double()
+        hessian = 2 * scaled_nD.T @ scaled_nD / len(read_nD)
+        if rounding == "awq":
+            return awq(matrices, read_nD.abs().mean(0), hessian, 3, **options)
+        return gptq(matrices, hessian, 3, **options)
+
+    expected = rounded(first, x_nD)
+    assert torch.equal(w_in[expert].dequantize(), expected.dequantize())
+    gate, up = expected.dequantize()
+    hidden_nF = torch.nn.functional.silu(x_nD @ gate.T) * (x_nD @ up.T)  # of the rounded first matrices
+    assert torch.equal(w_out[expert].levels(), rounded(last, hidden_nF).levels())
+    plain, _ = quantize_block(block, inputs_TD, [3] * 8, rounding, **options)
+    assert any(not torch.equal(a.dequantize(), b.dequantize()) for a, b in zip(plain, w_in, strict=True))
+
+
+def test_with_one_expert_per_token_all_weights_are_one_and_affinity_changes_nothing():
+    model = tiny(num_experts_per_tok=1)
+    block = find_moe_blocks(model)[0]
+    inputs_TD = block_inputs(model, block, [IDS])
+    options = {"group_size": 32, "factors": (1.0,)}
+    plain, weighted = (
+        quantize_block(block, inputs_TD, [3] * 8, affinity=affinity, **options) for affinity in (False, True)
+    )
+    for a, b in zip((*plain[0], *plain[1]), (*weighted[0], *weighted[1]), strict=True):
+        assert torch.equal(a.dequantize(), b.dequantize())
+
+
 @pytest.mark.parametrize("bits", [2, 3])
 def test_gptq_changes_what_experts_give_less_than_rounding_to_nearest(model, bits):
     block = find_moe_blocks(model)[1]
@@ -63,6 +103,17 @@ def test_gptq_changes_what_experts_give_less_than_rounding_to_nearest(model, bit
         for rounding in ("rtn", "gptq")
     )
     assert gptq < 0.9 * nearest
+
+
+def test_awq_beats_rounding_to_nearest_where_some_inputs_are_large(model):
+    block = find_moe_blocks(model)[1]
+    inputs_TD = block_inputs(model, block, [IDS]) * torch.logspace(-1, 1, 32)
+    options = {"group_size": 32, "factors": (1.0,)}
+    nearest, scaled = (
+        output_error(block, inputs_TD, quantize_block(block, inputs_TD, [3] * 8, rounding, **options))
+        for rounding in ("rtn", "awq")
+    )
+    assert scaled < 0.8 * nearest
 
 
 def test_fewer_tokens_than_columns_give_finite_weights_and_no_token_a_named_warning(model):
@@ -88,6 +139,29 @@ def test_bytes_are_foretold(model, group_size):
     options = {"group_size": group_size, "factors": (1.0,)}
     bank = pack_block(model, block, *quantize_block(block, inputs_TD, BITS, "rtn", **options))
     assert bank.packed.nbytes == foretold == sum(t.nbytes for t in bank.buffers())
+
+
+def test_bytes_of_input_scales_are_foretold(model):
+    block = find_moe_blocks(model)[0]
+    foretold = packed_nbytes(block, [4] * 8, 32, scaled=True)
+    options = {"group_size": 32, "factors": (1.0,)}
+    packed = quantize_block(block, block_inputs(model, block, [IDS]), [4] * 8, "awq", **options)
+    assert pack_block(model, block, *packed).packed.nbytes == foretold
+
+
+def test_banks_take_turns(model):
+    before = logits(model)
+    block = find_moe_blocks(model)[0]
+    name, whole = bank_name(block), block.bank
+    pack_block(model, block, *quantize_block(block, block_inputs(model, block, [IDS]), [2] * 8, "rtn"))
+    packed = model.get_submodule(name)
+    after = logits(model)
+    with placed(model, {name: whole}):
+        assert torch.equal(logits(model), before)
+        with placed(model, {name: packed}):
+            assert torch.equal(logits(model), after)
+    assert torch.equal(logits(model), after)
+    assert not torch.equal(after, before)
 
 
 def test_another_router_and_a_shared_expert():

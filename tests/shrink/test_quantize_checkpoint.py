@@ -6,16 +6,25 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import grouped, mixtral
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from coterie import cli
 from coterie.hf import find_moe_blocks, load
-from coterie.shrink import bytes_on_disk, load_packed, perplexity, save_packed
+from coterie.shrink import bytes_on_disk, load_packed, perplexity, rounding, save_packed
 from coterie.shrink import quantize_checkpoint as quantizing
 from coterie.shrink.calibrate import batches, held_out, read_text
+from coterie.shrink.quantize_block import CLIPPING, SEARCH, quantize_block
 from coterie.shrink.quantize_checkpoint import quantize_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # tiny text: some experts see no token
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Fewer scales are searched."""
+    for search in (SEARCH, CLIPPING):
+        monkeypatch.setitem(search, "factors", [1.0, 0.95])
 
 
 @pytest.fixture
@@ -44,6 +53,7 @@ def test_what_is_written_reads_back_and_is_what_was_measured(coterie, checkpoint
     assert done["disk"][1] < done["disk"][0]
     for line in ("model.layers.1.mlp: experts by bits: ", "model.layers.1.mlp: rounded", f"writing {out}"):
         assert line in err
+    assert all(speed > 0 for speed in done["speed"])
     model = load_packed(out)
     assert type(model) is type(load(checkpoint))
     banks = [layer.mlp.experts.packed for layer in model.model.layers]
@@ -65,14 +75,14 @@ def test_a_dry_run_foretells_bits_and_bytes_and_writes_nothing(coterie, checkpoi
     for number in ("bits", "expert_bytes", "memory", "stored_bits"):
         assert foretold[number] == done[number]
     assert foretold["disk"][1] == pytest.approx(done["disk"][1], rel=0.05)
-    assert (foretold["perplexity"], foretold["out"]) == (None, None)
+    assert (foretold["perplexity"], foretold["speed"], foretold["out"]) == (None, None, None)
     _, printed, _ = coterie(*arguments, "--dry-run")
     assert "2.00 bits per expert, by mc-sharp" in printed
     assert "computed after" in printed
     assert "nothing was written" in printed
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "moequant"])
 def test_eight_bits_for_all_change_little(checkpoint, texts, tmp_path, method):
     options = {"bits": 8, "calib": [texts[0]], "method": method, "progress": False}
     done = quantize_checkpoint(checkpoint, tmp_path / "out", **options)
@@ -87,7 +97,13 @@ def test_eight_bits_for_all_change_little(checkpoint, texts, tmp_path, method):
         (["--bits", 3.5], "bit budget 3.5 per expert is infeasible: model.layers.0.mlp has 8 experts"),
         (["--bits", 1], "use 1.375 … 3"),
         (["--bits", 2.5, "--method", "rtn"], "rtn gives all experts the same bits=2.5; use one of 1, 2, 3"),
-        (["--bits", 2, "--method", "magic"], "no method 'magic'; use one of mc-sharp, gptq, rtn"),
+        (
+            ["--bits", 2, "--method", "magic"],
+            "no method 'magic'; use one of mc-sharp, moequant, gptq, awq, rtn",
+        ),
+        (["--bits", 1, "--method", "awq"], "awq gives all experts the same bits=1; use one of 2, 3, 4, 8"),
+        (["--bits", 2, "--method", "rtn", "--affinity"], "rtn looks at no token, so none can be weighted"),
+        (["--bits", 2, "--chat"], "the checkpoint has no chat template"),
         (["--bits", 2, "--group-size", 33], "group_size=33; use a multiple of 32"),
     ],
 )
@@ -119,16 +135,110 @@ def test_bad_folders_are_refused(coterie, checkpoint, texts, tmp_path):
         assert message in err
 
 
-def test_an_interrupted_run_writes_nothing(coterie, checkpoint, texts, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_an_interrupted_run_goes_on_after_the_last_block_it_did(
+    coterie, checkpoint, texts, tmp_path, monkeypatch, stream
+):
+    arguments = ["--bits", 2, "--calib", texts[0], "--group-size", 32, *stream]
+    coterie("quantize", checkpoint, *arguments, "--out", tmp_path / "straight")
+    rounded = []
+
+    def interrupting(block, *args, **options):
+        rounded.append(block.name)
+        if len(rounded) == 2:
+            raise KeyboardInterrupt
+        return quantize_block(block, *args, **options)
+
+    monkeypatch.setattr(rounding, "quantize_block", interrupting)
+    out = tmp_path / "out"
+    status, _, err = coterie("quantize", checkpoint, *arguments, "--out", out)
+    assert status == 130
+    assert "the same command goes on with what is left" in err
+    assert not out.exists()
+    monkeypatch.setattr(rounding, "expert_statistics", None)  # bits were chosen
+    status, printed, err = coterie("quantize", checkpoint, *arguments, "--out", out)
+    assert status == 0, err
+    assert ("tokens/s" in printed, "perplexity" in printed) == (not stream, not stream)
+    assert rounded == ["model.layers.0.mlp", "model.layers.1.mlp", "model.layers.1.mlp"]
+    same_tensors(out, tmp_path / "straight")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "prose.txt", "straight", "sums.jsonl"]
+
+
+def test_what_was_kept_for_other_settings_is_not_used(coterie, checkpoint, texts, tmp_path, monkeypatch):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(quantizing, "pack_block", interrupt)
-    arguments = ["--bits", 2, "--calib", texts[0], "--out", tmp_path / "out"]
-    status, _, err = coterie("quantize", checkpoint, *arguments)
-    assert status == 130
-    assert "interrupted; nothing was written" in err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["prose.txt", "sums.jsonl"]
+    arguments = ["--method", "moequant", "--calib", texts[0], "--out", tmp_path / "out"]
+    with monkeypatch.context() as patched:
+        patched.setattr(quantizing, "_write", interrupt)
+        assert coterie("quantize", checkpoint, *arguments, "--bits", 4)[0] == 130
+    assert coterie("quantize", checkpoint, *arguments, "--bits", 3, "--json")[0] == 0
+    assert {
+        b for layer in load_packed(tmp_path / "out").model.layers for b in layer.mlp.experts.packed.bits
+    } == {3}
+
+
+@pytest.mark.parametrize(
+    "options", [["--bits", 2.25], ["--bits", 3, "--method", "moequant"], ["--bits", 4, "--method", "awq"]]
+)
+def test_layer_by_layer_it_writes_the_same(coterie, checkpoint, texts, tmp_path, monkeypatch, options):
+    arguments = ["quantize", checkpoint, *options, "--calib", texts[0], "--group-size", 32, "--json"]
+    whole = json.loads(coterie(*arguments, "--out", tmp_path / "whole")[1])
+    monkeypatch.setattr(quantizing, "load", None)
+    foretold = json.loads(coterie(*arguments, "--stream", "--dry-run")[1])
+    status, printed, err = coterie(*arguments, "--stream", "--out", tmp_path / "streamed")
+    assert status == 0, err
+    same_tensors(tmp_path / "streamed", tmp_path / "whole")
+    done = json.loads(printed)
+    assert (done["perplexity"], done["speed"]) == (None, None)
+    assert done["disk"][1] == bytes_on_disk(tmp_path / "streamed")
+    for number in ("bits", "expert_bytes", "memory"):
+        assert foretold[number] == done[number] == whole[number]
+
+
+@pytest.mark.parametrize("make", [grouped, mixtral])
+def test_other_families_layer_by_layer(make, tmp_path):
+    make().save_pretrained(tmp_path / "model")
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randint(64, (40, 16), generator=draw).tolist()
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    options = {"bits": 3, "calib": [tmp_path / "ids.jsonl"], "method": "moequant", "progress": False}
+    for name, stream in (("whole", False), ("streamed", True)):
+        quantize_checkpoint(tmp_path / "model", tmp_path / name, stream=stream, **options)
+    same_tensors(tmp_path / "streamed", tmp_path / "whole")
+
+
+def test_other_text_to_test_on_leaves_all_of_the_calibration_text_to_calibrate_on(
+    coterie, checkpoint, texts, tmp_path
+):
+    arguments = ["--bits", 3, "--method", "rtn", "--calib", texts[0], "--json", "--out", tmp_path / "out"]
+    done = json.loads(coterie("quantize", checkpoint, *arguments, "--test", texts[1])[1])
+    seen, tested = (
+        read_text(text, AutoTokenizer.from_pretrained(checkpoint), max_tokens=65536, seq_len=64)
+        for text in texts
+    )
+    assert done["calibration_tokens"] == sum(map(len, seen))
+    assert done["heldout_tokens"] == sum(map(len, tested))
+    expected = [
+        perplexity(model, batches(tested)) for model in (load(checkpoint), load_packed(tmp_path / "out"))
+    ]
+    assert done["perplexity"] == pytest.approx(expected)
+
+
+def test_affinity_with_gptq_is_moequant(checkpoint, texts, tmp_path):
+    options = {"bits": 3, "calib": texts[:1], "progress": False}
+    quantize_checkpoint(checkpoint, tmp_path / "a", method="gptq", affinity=True, **options)
+    quantize_checkpoint(checkpoint, tmp_path / "b", method="moequant", **options)
+    quantize_checkpoint(checkpoint, tmp_path / "c", method="gptq", **options)
+    same_tensors(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(AssertionError):
+        same_tensors(tmp_path / "a", tmp_path / "c")
+
+
+def same_tensors(folder, other):
+    first, second = (load_packed(f).state_dict() for f in (folder, other))
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,14 @@
 """Models of a few thousand random weights."""
 
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 
 def tiny(**sizes):
@@ -47,3 +54,19 @@ def grouped():
         v_head_dim=8,
     )
     return DeepseekV3ForCausalLM(config).eval()
+
+
+def mixtral():
+    """Blocks and experts have other names on disk than in the model."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    return MixtralForCausalLM(config).eval()

@@ -1,4 +1,4 @@
-"""Commands for owners of checkpoints: inspect, prune, merge, quantize."""
+"""Commands for owners of checkpoints: inspect, calib, prune, merge, quantize."""
 
 import sys
 from collections.abc import Callable
@@ -12,6 +12,11 @@ from coterie.cli.app import app
 if TYPE_CHECKING:
     from coterie.shrink.result import Shrunk
 
+_Chat = Annotated[
+    bool,
+    typer.Option("--chat", help='Read "messages" of .jsonl lines through the tokenizer\'s chat template.'),
+]
+
 
 @app.command()
 def inspect(
@@ -23,6 +28,7 @@ def inspect(
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Of each text, at most.")] = 4096,
+    chat: _Chat = False,
     html: Annotated[Path | None, typer.Option(help="Write the routing explorer here, one page.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")] = False,
 ) -> None:
@@ -31,7 +37,7 @@ def inspect(
 
     try:
         with show_progress() as progress:
-            found = inspect(model, text or [], tokens=tokens, progress=progress)
+            found = inspect(model, text or [], tokens=tokens, chat=chat, progress=progress)
     except KeyboardInterrupt:
         typer.echo("coterie: interrupted; nothing was written", err=True)
         raise typer.Exit(130) from None
@@ -67,6 +73,52 @@ _Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON a
 
 
 @app.command()
+def calib(
+    model: Annotated[Path, typer.Argument(help="Folder of a checkpoint, with its tokenizer if it has one.")],
+    out: Annotated[Path, typer.Option(help="A new .jsonl file, for --calib of the other commands.")],
+    n: Annotated[int, typer.Option(help="Sentences to write.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens of a sentence.")] = 512,
+    method: Annotated[
+        str, typer.Option(help="ebss: a beam search that keeps experts balanced. self: plain sampling.")
+    ] = "ebss",
+    width: Annotated[int, typer.Option(help="Of ebss: branches of a sentence.")] = 4,
+    tau: Annotated[float, typer.Option(help="Of ebss: the smaller, the more balance counts.")] = 1.2,
+    expand: Annotated[
+        str, typer.Option(help="Of ebss: topk looks at all continuations; sample draws two, more varied.")
+    ] = "topk",
+    first: Annotated[str, typer.Option(help="First token of a sentence: vocab, any; or bos.")] = "vocab",
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    json: _Json = False,
+) -> None:
+    """Let a checkpoint write its own calibration text; say how evenly that uses the experts."""
+    from coterie.report.quantized import print_written
+    from coterie.shrink.self_calibration import write_calibration
+
+    try:
+        written = write_calibration(
+            model,
+            out,
+            n=n,
+            length=length,
+            method=method,
+            width=width,
+            tau=tau,
+            expand=expand,
+            first=first,
+            seed=seed,
+        )
+    except KeyboardInterrupt:
+        typer.echo("coterie: interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from None
+    if json:
+        import json as json_format
+
+        typer.echo(json_format.dumps(written.to_dict(), ensure_ascii=False, indent=1))
+    else:
+        print_written(written)
+
+
+@app.command()
 def prune(
     model: Annotated[Path, typer.Argument(help="Folder of a checkpoint, with its tokenizer.")],
     calib: _Calib,
@@ -86,6 +138,7 @@ def prune(
     seq_len: _SeqLen = 512,
     seed: Annotated[int, typer.Option(help="Of the method random.")] = 0,
     stream: _Stream = False,
+    chat: _Chat = False,
     json: _Json = False,
 ) -> None:
     """Keep the experts that some text needs and delete the others; compare before and after.
@@ -106,6 +159,7 @@ def prune(
             max_tokens=tokens,
             seq_len=seq_len,
             stream=stream,
+            chat=chat,
             seed=seed,
         ),
         report and not dry_run,
@@ -132,6 +186,7 @@ def merge(
     tokens: _Tokens = 65536,
     seq_len: _SeqLen = 512,
     stream: _Stream = False,
+    chat: _Chat = False,
     json: _Json = False,
 ) -> None:
     """Merge experts that are alike, group by group; compare before and after."""
@@ -150,6 +205,7 @@ def merge(
             max_tokens=tokens,
             seq_len=seq_len,
             stream=stream,
+            chat=chat,
         ),
         report and not dry_run,
         json,
@@ -163,10 +219,22 @@ def quantize(
     bits: Annotated[
         float, typer.Option(help="Per expert, on average for mc-sharp (2.05); else 1, 2, 3, 4 or 8.")
     ],
+    test: Annotated[
+        list[Path] | None,
+        typer.Option(help="Measure perplexity on this text instead, as for text that the model wrote."),
+    ] = None,
     method: Annotated[
         str,
-        typer.Option(help="mc-sharp: 1, 2 or 3 bits, whatever each expert needs. gptq, rtn: all the same."),
+        typer.Option(
+            help="mc-sharp: 1, 2 or 3 bits, as each expert needs. moequant, gptq, awq, rtn: all the same."
+        ),
     ] = "mc-sharp",
+    affinity: Annotated[
+        bool,
+        typer.Option(
+            "--affinity", help="Count tokens by their expert's weight, as moequant does (gptq, awq)."
+        ),
+    ] = False,
     out: _Out = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print which bits would be chosen; write nothing.")
@@ -174,11 +242,14 @@ def quantize(
     group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1 for whole rows.")] = 128,
     tokens: _Tokens = 65536,
     seq_len: _SeqLen = 512,
+    stream: _Stream = False,
+    chat: _Chat = False,
     json: _Json = False,
 ) -> None:
-    """Store the experts in few bits, each in what it needs; compare bytes and perplexity before and after.
+    """Store the experts in few bits; compare bytes, perplexity and speed before and after.
 
-    The new folder is read by coterie.shrink.load_packed. Interrupted, nothing is written.
+    The new folder is read by coterie.shrink.load_packed. Run it again after an interruption and it goes on
+    after the last block that was done.
     """
     from coterie.report.quantized import print_quantized
     from coterie.shrink.quantize_checkpoint import quantize_checkpoint
@@ -189,14 +260,18 @@ def quantize(
             out,
             bits=bits,
             calib=calib,
+            test=test or [],
             method=method,
+            affinity=affinity,
             group_size=group_size,
             dry_run=dry_run,
             max_tokens=tokens,
             seq_len=seq_len,
+            stream=stream,
+            chat=chat,
         )
     except KeyboardInterrupt:
-        typer.echo("coterie: interrupted; nothing was written", err=True)
+        typer.echo("coterie: interrupted; the same command goes on with what is left", err=True)
         raise typer.Exit(130) from None
     if json:
         import json as json_format

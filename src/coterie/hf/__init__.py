@@ -9,7 +9,7 @@ from coterie.hf.load import check_files, load, outline
 from coterie.hf.record import BlockRecord, recording
 from coterie.hf.rewrite import Writer, rewriting, save_pruned
 from coterie.hf.save import check_expressible, save
-from coterie.hf.stream import stream_records
+from coterie.hf.stream import stream_layers, stream_records
 from coterie.hf.tensors import ExpertTensors, RouterTensors, pack, unpack
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "rewriting",
     "save",
     "save_pruned",
+    "stream_layers",
     "stream_records",
     "unpack",
 ]

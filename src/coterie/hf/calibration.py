@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -42,7 +43,13 @@ def holds_ids(path: Path | str) -> bool:
 
 
 def calibration_ids(
-    path: Path | str, tokenizer: PreTrainedTokenizerBase | None, *, tokens: int, length: int, vocab_size: int
+    path: Path | str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    tokens: int,
+    length: int,
+    vocab_size: int,
+    chat: bool = False,
 ) -> Tensor:
     """Sequences to run a model on.
 
@@ -53,19 +60,22 @@ def calibration_ids(
         tokens: at most so many, from the start; documents follow one another, an end-of-text token between.
         length: of a sequence, in tokens.
         vocab_size: of the model.
+        chat: read "messages", too, through the tokenizer's chat template.
 
     Returns: ids [B, S] int64, S = `length`, or one shorter sequence of a text that is shorter. A remainder is
     left out.
 
-    Raises ValueError if there is nothing to read, less than MIN_TOKENS, or an id is not in the vocabulary.
+    Raises ValueError if there is nothing to read, less than MIN_TOKENS, an id is not in the vocabulary, or
+    there is no chat template.
     """
     path = Path(path)
     if holds_ids(path):
-        ids_N = _read_ids(path)[:tokens]
+        ids_N = _read_ids(path).flatten()[:tokens]
     elif tokenizer is None:
         raise ValueError(f"{path} is text, for which a tokenizer is needed")
     else:
-        ids_N = _tokenize(documents(path, characters=16 * tokens), tokenizer, tokens)
+        chats = chat_tokenizer(tokenizer) if chat else None
+        ids_N = _tokenize(documents(path, characters=16 * tokens, chat=chats), tokenizer, tokens)
     if len(ids_N) < MIN_TOKENS:
         raise ValueError(f"{path} holds {len(ids_N)} tokens; give at least {MIN_TOKENS}, better thousands")
     if not 0 <= int(ids_N.min()) <= int(ids_N.max()) < vocab_size:
@@ -77,26 +87,44 @@ def calibration_ids(
     return ids_N[: len(ids_N) // length * length].view(-1, length)
 
 
-def documents(path: Path, *, characters: int) -> Iterator[str | list[int]]:
+def chat_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """The tokenizer, if it can render conversations; ValueError if it cannot."""
+    if tokenizer is None or not tokenizer.chat_template:
+        raise ValueError(
+            f"the checkpoint has no {'tokenizer' if tokenizer is None else 'chat template'} to read "
+            'conversations with; give "text" or "input_ids", or add its chat_template.jinja'
+        )
+    return tokenizer
+
+
+def documents(
+    path: Path, *, characters: int, chat: PreTrainedTokenizerBase | None = None
+) -> Iterator[str | list[int]]:
     """The texts in a file or folder, in order, or their ids where a line of a .jsonl file holds those.
 
-    A line of a .jsonl file is an object with "text", with "input" and "output" (a question, the model's own
-    answer), or with "input_ids". Of a plain text file the first `characters` are read.
+    Of token ids as .pt or .safetensors each row is a document. A line of a .jsonl file is an object with
+    "text", with "input" and "output" (a question, the model's own answer), or with "input_ids"; given `chat`,
+    also with "messages", a list of {"role", "content"}, which become ids through its chat template. Of a
+    plain text file the first `characters` are read.
 
     Raises ValueError if there is none, or a line of a .jsonl file holds none of these.
     """
+    if holds_ids(path):
+        ids = _read_ids(path)
+        yield from ids.reshape(-1, ids.shape[-1] if ids.dim() else 1).tolist()
+        return
     if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         yield from _dataset(path)
         return
     for file in find_text([path]):
         if file.suffix == ".jsonl":
-            yield from _json_lines(file)
+            yield from _json_lines(file, chat)
         else:
             with file.open(encoding="utf-8", errors="replace") as opened:
                 yield opened.read(characters)
 
 
-def _json_lines(file: Path) -> Iterator[str | list[int]]:
+def _json_lines(file: Path, chat: PreTrainedTokenizerBase | None) -> Iterator[str | list[int]]:
     with file.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -105,11 +133,13 @@ def _json_lines(file: Path) -> Iterator[str | list[int]]:
                 entry = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}, line {number}: no JSON: {error.msg}") from None
-            yield _document(f"{file}, line {number}", entry)
+            yield _document(f"{file}, line {number}", entry, chat)
 
 
-def _document(where: str, entry: Any) -> str | list[int]:
+def _document(where: str, entry: Any, chat: PreTrainedTokenizerBase | None) -> str | list[int]:
     if isinstance(entry, dict):
+        if chat is not None and "messages" in entry:
+            return _conversation(where, entry["messages"], chat)
         ids = entry.get("input_ids")
         if isinstance(ids, list) and all(type(i) is int for i in ids):
             return ids
@@ -118,7 +148,21 @@ def _document(where: str, entry: Any) -> str | list[int]:
         if isinstance(entry.get("input"), str) and isinstance(entry.get("output"), str):
             return str(entry["input"]) + str(entry["output"])
     found = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
-    raise ValueError(f'{where} holds {found}; give "text", "input" and "output", or a list "input_ids"')
+    known = '"text", "input" and "output", or a list "input_ids"'
+    if isinstance(entry, dict) and "messages" in entry:
+        known += "; to read messages through the tokenizer's chat template, ask for it (--chat)"
+    raise ValueError(f"{where} holds {found}; give {known}")
+
+
+def _conversation(where: str, messages: Any, chat: PreTrainedTokenizerBase) -> list[int]:
+    if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
+        raise ValueError(f'{where}: "messages" should be a list of objects with "role" and "content"')
+    try:
+        # the template brings its own beginning of text
+        ids: Any = chat.apply_chat_template(messages, tokenize=True, return_dict=False)
+    except (TemplateError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: the chat template cannot render this: {error}") from None
+    return list(ids)
 
 
 def _dataset(folder: Path) -> Iterator[str]:
@@ -160,4 +204,4 @@ def _read_ids(path: Path) -> Tensor:
         [loaded] = loaded.values()
     if not isinstance(loaded, Tensor) or loaded.is_floating_point() or loaded.is_complex():
         raise ValueError(f"{path} should hold one tensor of token ids, integers")
-    return loaded.flatten().long()
+    return loaded.long()

@@ -114,6 +114,10 @@ class Writer:
         self._save(self._checkpoint.as_stored(layer))
         self._written.add(layer)
 
+    def add_file(self, name: str, text: str) -> None:
+        """Writes a small file beside the weights."""
+        (self._folder / name).write_text(text)
+
     def finish(self) -> None:
         """Copies the parts that were not written; writes the index, the configuration and all small files."""
         for part in self._checkpoint.parts:

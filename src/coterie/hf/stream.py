@@ -6,6 +6,7 @@ for block, record in stream_records(folder, batches):
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,37 @@ def stream_records(
                 for call in calls:
                     call.hidden = _run(name, layer, call, number)
             yield from zip(blocks, records, strict=True)
+
+
+def stream_layers(
+    source: Path | str | Checkpoint, batches: Iterable[Tensor]
+) -> Iterator[tuple[MoEBlock, list[Callable[[], Tensor]]]]:
+    """Each MoE block on its way through some text, with one decoder layer's weights in memory.
+
+    Where `stream_records` shows each layer an unedited model below it, here the layers above see what a layer
+    computes as it is when the next block is asked for. Whoever asks may by then have put another module
+    in the place of the block's experts; it is taken out again before the layer is dropped.
+
+    Args:
+        source: folder with config.json and safetensors, or a `Checkpoint` of it.
+        batches: ids [B, S] int64 each, without padding.
+
+    Yields each block, in order of depth, and for each batch a function that runs the block's layer on it.
+
+    Raises ValueError as `stream_records`.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
+    calls = _catch(checkpoint, batches)
+    for number, name in enumerate(checkpoint.layers):
+        with checkpoint.loaded(name) as layer:
+            blocks = [block for block in checkpoint.blocks if checkpoint.layer_of(block) == name]
+            for block in blocks:
+                yield block, [partial(_run, name, layer, call, number) for call in calls]
+            with torch.no_grad():
+                for call in calls:
+                    call.hidden = _run(name, layer, call, number)
+            for block in blocks:
+                checkpoint.model.set_submodule(block.layout.experts["down"].rpartition(".")[0], block.bank)
 
 
 @dataclass

@@ -26,6 +26,7 @@ from coterie.shrink.prune import (
 from coterie.shrink.quantize import awq, rtn
 from coterie.shrink.quantize_block import quantize_block
 from coterie.shrink.routed import RoutedTokens, block_inputs, routed_tokens
+from coterie.shrink.self_text import SelfText, ebss, self_sample
 from coterie.shrink.top_any import (
     Kept,
     PrefixMask,
@@ -35,6 +36,7 @@ from coterie.shrink.top_any import (
     train_top_any,
     weight_ratio,
 )
+from coterie.shrink.usage import balance_sigma, expert_usage
 
 __all__ = [
     "IMPORTANCE",
@@ -49,17 +51,21 @@ __all__ = [
     "QuantizedExperts",
     "Recombined",
     "RoutedTokens",
+    "SelfText",
     "Silenced",
     "Sizes",
     "allocate_bits",
     "attention_received",
     "awq",
+    "balance_sigma",
     "block_inputs",
     "bytes_on_disk",
     "cheapest_choices",
     "choose",
     "dern",
+    "ebss",
     "expert_statistics",
+    "expert_usage",
     "gating",
     "gptq",
     "importance",
@@ -85,6 +91,7 @@ __all__ = [
     "rtn",
     "save_mask",
     "save_packed",
+    "self_sample",
     "sizes",
     "top_any",
     "train_top_any",

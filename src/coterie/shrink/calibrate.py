@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coterie.hf import BlockRecord, MoEBlock, recording
-from coterie.hf.calibration import documents
+from coterie.hf.calibration import chat_tokenizer, documents
 
 MIN_TOKENS = 256
 """Fewer tokens than this say too little about experts."""
@@ -77,21 +78,27 @@ def joined(records: Sequence[BlockRecord]) -> BlockRecord:
     return BlockRecord(records[0].name, records[0].num_experts, **tensors)
 
 
-def read_text(path: Path | str, tokenizer: Any, *, max_tokens: int, seq_len: int) -> list[list[int]]:
+def read_text(
+    path: Path | str, tokenizer: Any, *, max_tokens: int, seq_len: int, chat: bool = False
+) -> list[list[int]]:
     """Token ids of one domain's text, cut into sequences of at most `seq_len`.
 
     Args:
         path: a text file, which is one document; a .jsonl file with a document a line, see
-            `coterie.hf.calibration.documents`; or a folder of these.
-        tokenizer: the checkpoint's; None will do where every line has "input_ids".
+            `coterie.hf.calibration.documents`; a folder of these; or token ids as .pt or .safetensors, a
+            document a row.
+        tokenizer: the checkpoint's; None will do where all are ids.
         max_tokens: read no more than about this many.
         seq_len: tokens.
+        chat: read "messages", too, through the tokenizer's chat template.
 
-    Raises ValueError if the file is missing, empty, too short or damaged.
+    Raises ValueError if the file is missing, empty, too short or damaged, or there is no chat template.
     """
     path = Path(path)
     sequences: list[list[int]] = []
-    for document in documents(path, characters=16 * max_tokens):
+    for document in documents(
+        path, characters=16 * max_tokens, chat=chat_tokenizer(tokenizer) if chat else None
+    ):
         ids = document if isinstance(document, list) else _tokens(path, tokenizer, document)
         sequences += [ids[at : at + seq_len] for at in range(0, len(ids), seq_len)]
         if sum(map(len, sequences)) >= max_tokens:
@@ -136,9 +143,9 @@ def batches(sequences: Sequence[Sequence[int]], batch_size: int = 4) -> list[Ten
     ]
 
 
-def identity(model_folder: Path, domains: Sequence[Sequence[Tensor]], keep_inputs: int) -> str:
-    """A name for a calibration: the same weights and the same tokens have the same, others another."""
-    digest = hashlib.sha256(str(keep_inputs).encode())
+def identity(model_folder: Path, domains: Sequence[Sequence[Tensor]], settings: object) -> str:
+    """A name for a calibration: the same weights, tokens and settings have the same, others another."""
+    digest = hashlib.sha256(str(settings).encode())
     for file in sorted(model_folder.glob("*.safetensors")):
         status = file.stat()
         digest.update(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
@@ -146,6 +153,19 @@ def identity(model_folder: Path, domains: Sequence[Sequence[Tensor]], keep_input
         for ids_BS in domain:
             digest.update(str(tuple(ids_BS.shape)).encode() + ids_BS.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def kept_folder(out: Path, name: str) -> Path:
+    """Where what was done for a new checkpoint is kept until that is written; `name` is an `identity`."""
+    return out.with_name(f"{out.name}.calibration") / name
+
+
+def forget(folder: Path) -> None:
+    """Removes a `kept_folder`, and what holds it when nothing else is in there."""
+    if folder.exists():
+        shutil.rmtree(folder)
+        if not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
 
 
 def _tokens(path: Path, tokenizer: Any, text: str) -> list[int]:

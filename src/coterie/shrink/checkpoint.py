@@ -1,7 +1,6 @@
 """A checkpoint on disk, made smaller for the domains of some text: from checks to the new folder."""
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,11 @@ from coterie.shrink.calibrate import (
     batches,
     calibrated,
     check_vocabulary,
+    forget,
     held_out,
     identity,
     joined,
+    kept_folder,
     read_text,
 )
 from coterie.shrink.dern import dern
@@ -55,6 +56,7 @@ def prune_checkpoint(
     seq_len: int = 512,
     seed: int = 0,
     stream: bool = False,
+    chat: bool = False,
     progress: bool | None = None,
 ) -> Shrunk:
     """Keeps the same number of experts in every layer and deletes the others.
@@ -75,6 +77,7 @@ def prune_checkpoint(
         seed: of the method "random".
         stream: one layer's weights in memory at a time, for a checkpoint larger than memory. Perplexity and
             speed are not measured, and an interrupted run starts anew.
+        chat: see `read_text`.
         progress: True for a bar, False for silence, None for a bar on a terminal and plain lines elsewhere.
 
     Raises:
@@ -92,7 +95,9 @@ def prune_checkpoint(
         return [[i] for i in ids]
 
     inputs = _KEPT_INPUTS if method == OUTPUT_ERROR else 0
-    job = _Job(Path(folder), out, keep, calib, method, format, dry_run, max_tokens, seq_len, inputs, stream)
+    job = _Job(
+        Path(folder), out, keep, calib, method, format, dry_run, max_tokens, seq_len, inputs, stream, chat
+    )
     return job.run(edit, progress)
 
 
@@ -109,6 +114,7 @@ def merge_checkpoint(
     max_tokens: int = 65536,
     seq_len: int = 512,
     stream: bool = False,
+    chat: bool = False,
     progress: bool | None = None,
 ) -> Shrunk:
     """Merges the experts of every layer into the same number of groups.
@@ -126,6 +132,7 @@ def merge_checkpoint(
         max_tokens: see there.
         seq_len: see there.
         stream: see there.
+        chat: see there.
         progress: see there.
 
     Raises as `prune_checkpoint`.
@@ -142,7 +149,18 @@ def merge_checkpoint(
         return dern(block, score_E, groups, threshold=threshold).members
 
     job = _Job(
-        Path(folder), out, groups, calib, method, format, dry_run, max_tokens, seq_len, _KEPT_INPUTS, stream
+        Path(folder),
+        out,
+        groups,
+        calib,
+        method,
+        format,
+        dry_run,
+        max_tokens,
+        seq_len,
+        _KEPT_INPUTS,
+        stream,
+        chat,
     )
     return job.run(edit, progress)
 
@@ -162,6 +180,7 @@ class _Job:
     seq_len: int
     keep_inputs: int
     stream: bool
+    chat: bool
 
     def run(self, edit: Edit, progress: bool | None) -> Shrunk:
         out = self._check_out()
@@ -176,9 +195,7 @@ class _Job:
         names = {block.name: block.num_experts for block in blocks}
         folder = None
         if out is not None and not self.dry_run:
-            folder = out.with_name(f"{out.name}.calibration") / identity(
-                self.folder, domains, self.keep_inputs
-            )
+            folder = kept_folder(out, identity(self.folder, domains, self.keep_inputs))
         with showing(sum(map(len, domains)) + len(blocks), progress) as show:
             whole = [block.snapshot() for block in blocks]
             pairs = self._calibrate(model, blocks, domains, folder, show)
@@ -205,10 +222,8 @@ class _Job:
             _measure(shrunk, model, blocks, whole, heldout)
             show.say(f"writing {out}")
             self._write(shrunk, model, blocks, whole, tokenizer, out)
-            if folder is not None and folder.exists():
-                shutil.rmtree(folder)
-                if not any(folder.parent.iterdir()):
-                    folder.parent.rmdir()
+            if folder is not None:
+                forget(folder)
         return shrunk
 
     def _run_streamed(
@@ -273,7 +288,9 @@ class _Job:
         domains, rest = [], []
         seq_len = min(self.seq_len, config.max_position_embeddings)
         for path in self.calib:
-            sequences = read_text(path, tokenizer, max_tokens=self.max_tokens, seq_len=seq_len)
+            sequences = read_text(
+                path, tokenizer, max_tokens=self.max_tokens, seq_len=seq_len, chat=self.chat
+            )
             check_vocabulary(path, sequences, config.vocab_size)
             seen, heldout = held_out(sequences)
             domains.append(batches(seen))

@@ -1,9 +1,10 @@
-"""Packed experts inside a transformers model: `pack_block`, and what one expert computes.
+"""Packed experts inside a transformers model: `pack_block`, `placed`, and what one expert computes.
 
 Letters: T tokens, K slots per token, E experts, D width, F hidden width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,19 +57,48 @@ def pack_block(
         w_in: for each expert [2, F, D] (gate, up), or [1, F, D] without a gate.
         w_out: for each expert [D, F].
     """
+    return place_bank(model, block, packed_bank(block, w_in, w_out))
+
+
+def packed_bank(block: MoEBlock, w_in: list[PackedWeight], w_out: list[PackedWeight]) -> QuantizedExperts:
+    """A bank with a block's biases and activation and these packed matrices; arguments as of `pack_block`."""
     activation, experts = check_packable(block), block.experts
     b_in = experts.up_bias
     if experts.gate_bias is not None and b_in is not None:
         b_in = torch.cat((experts.gate_bias, b_in), 1)
-    bank = QuantizedExperts(w_in, w_out, b_in=b_in, b_out=experts.down_bias, activation=activation)
-    packed = PackedExperts(bank).to(experts.down.device)
+    return QuantizedExperts(w_in, w_out, b_in=b_in, b_out=experts.down_bias, activation=activation)
+
+
+def place_bank(model: PreTrainedModel, block: MoEBlock, bank: QuantizedExperts) -> PackedExperts:
+    """Puts a packed bank in the place of a block's experts."""
+    packed = PackedExperts(bank).to(block.experts.down.device)
     for place in (block, *block.also):
         set_bank(model, bank_name(place), packed)
     return packed
 
 
-def packed_nbytes(block: MoEBlock, bits: Sequence[int], group_size: int) -> int:
-    """Bytes that a block's experts will take when packed, asymmetric groups and padding included."""
+@contextmanager
+def placed(model: nn.Module, banks: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Puts banks in the places of those names while the context is open; then the present ones are back."""
+    present = {name: model.get_submodule(name) for name in banks}
+    for name, bank in banks.items():
+        set_bank(model, name, bank)
+    try:
+        yield
+    finally:
+        for name, bank in present.items():
+            set_bank(model, name, bank)
+
+
+def packed_nbytes(block: MoEBlock, bits: Sequence[int], group_size: int, *, scaled: bool = False) -> int:
+    """Bytes that a block's experts will take when packed, asymmetric groups and padding included.
+
+    Args:
+        block: of experts that can be packed.
+        bits: of each expert.
+        group_size: columns that share a scale.
+        scaled: every column of every matrix has an input scale, as AWQ's have.
+    """
     tensors, total = block.experts, 0
     matrices = [m for m in (tensors.gate, tensors.up, tensors.down) if m is not None]
     for _, rows, columns in [tuple(m.shape) for m in matrices]:
@@ -76,7 +106,7 @@ def packed_nbytes(block: MoEBlock, bits: Sequence[int], group_size: int) -> int:
         groups = -(-columns // check_group_size(group_size, columns))
         for width in bits:
             per_group = 2 if width == 1 else 3  # a bfloat16 scale; one bit has no int8 zero point
-            total += ROWS * blocks * (4 * units * width + groups * per_group)
+            total += ROWS * blocks * (4 * units * width + groups * per_group) + scaled * 4 * columns
     biases = [b for b in (tensors.gate_bias, tensors.up_bias, tensors.down_bias) if b is not None]
     return total + sum(b.nbytes for b in biases)
 

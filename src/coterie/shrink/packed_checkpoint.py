@@ -1,12 +1,15 @@
-"""A model with packed experts on disk: `save_packed` and `load_packed`."""
+"""Packed experts on disk: whole models, by `save_packed` and `load_packed`, and single banks."""
 
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from coterie.hf import MoEBlock, check_files
@@ -32,7 +35,7 @@ def save_packed(model: PreTrainedModel, blocks: Sequence[MoEBlock], folder: Path
     folder = Path(folder)
     check_output(folder, model.name_or_path or "")
     layouts = {
-        name: {"bits": module.packed.bits, **module.packed.layout()}
+        name: bank_layout(module.packed)
         for name, module in model.named_modules()
         if isinstance(module, PackedExperts)
     }
@@ -43,7 +46,7 @@ def save_packed(model: PreTrainedModel, blocks: Sequence[MoEBlock], folder: Path
         whole = Path(temporary) / folder.name
         model.save_pretrained(whole)
         (whole / MANIFEST).write_text(manifest(blocks))
-        (whole / PACKED).write_text(json.dumps({"version": 1, "banks": layouts}) + "\n")
+        (whole / PACKED).write_text(layouts_text(layouts))
         whole.replace(folder)
 
 
@@ -81,6 +84,33 @@ def load_packed(folder: Path | str, **options: Any) -> PreTrainedModel:
     model.__class__ = base.__base__  # the class in transformers
     _check_dtypes(model)
     return model
+
+
+def save_bank(bank: QuantizedExperts, file: Path) -> None:
+    """Writes one packed bank to a file of its own, which appears whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as draft:
+        tensors = {name: t.contiguous() for name, t in bank.state_dict().items()}
+        save_file(tensors, Path(draft) / "bank", metadata={"layout": json.dumps(bank.layout())})
+        os.replace(Path(draft) / "bank", file)
+
+
+def load_bank(file: Path) -> QuantizedExperts:
+    """Reads what `save_bank` wrote."""
+    with safe_open(file, "pt") as stored:
+        bank = QuantizedExperts.from_layout(json.loads(stored.metadata()["layout"]))
+        bank.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+    return bank
+
+
+def bank_layout(bank: QuantizedExperts) -> dict[str, Any]:
+    """What `coterie-packed.json` says of one bank."""
+    return {"bits": bank.bits, **bank.layout()}
+
+
+def layouts_text(layouts: dict[str, dict[str, Any]]) -> str:
+    """The content of `coterie-packed.json`: name of a bank in the model → its `bank_layout`."""
+    return json.dumps({"version": 1, "banks": layouts}) + "\n"
 
 
 def read_layouts(file: Path) -> dict[str, dict[str, Any]]:

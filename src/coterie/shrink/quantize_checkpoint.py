@@ -7,28 +7,31 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coterie.hf import MoEBlock, find_moe_blocks, load, outline
-from coterie.hf.save import check_output
-from coterie.kernels.packed import BITS, check_group_size
-from coterie.shrink.calibrate import batches, check_vocabulary, held_out, read_text
+from coterie.hf import Checkpoint, MoEBlock, find_moe_blocks, load, outline, rewriting, stream_layers
+from coterie.hf.save import PACKED, check_output
+from coterie.shrink.calibrate import (
+    batches,
+    check_vocabulary,
+    forget,
+    held_out,
+    identity,
+    kept_folder,
+    read_text,
+)
 from coterie.shrink.checkpoint import read_tokenizer
-from coterie.shrink.mc_sharp import allocate_bits, bit_budget, expert_statistics
-from coterie.shrink.measure import bytes_on_disk, perplexity
-from coterie.shrink.packed_blocks import check_packable, pack_block, packed_nbytes
-from coterie.shrink.packed_checkpoint import save_packed
+from coterie.shrink.measure import bytes_on_disk, interleaved_speed, perplexity
+from coterie.shrink.packed_blocks import bank_name, place_bank, placed
+from coterie.shrink.packed_checkpoint import bank_layout, layouts_text, save_packed
 from coterie.shrink.progress import Show, showing
-from coterie.shrink.quantize_block import quantize_block
-from coterie.shrink.routed import block_inputs
-
-MC_SHARP = "mc-sharp"
-QUANTIZERS = (MC_SHARP, "gptq", "rtn")
-"""mc-sharp chooses 1, 2 or 3 bits for each expert and rounds with GPTQ; the others give all the same."""
+from coterie.shrink.rounding import MC_SHARP, BlockRounding
+from coterie.shrink.routed import block_inputs, caught_inputs
 
 
 @dataclass
@@ -38,13 +41,15 @@ class Quantized:
     Args:
         source: its folder.
         out: the new folder; None in a dry run, in which sizes after are computed, not measured.
-        method: one of QUANTIZERS.
+        method: one of ROUNDINGS.
         bits: block name → bits of each expert.
         expert_weights: numbers in the matrices of all routed experts.
         expert_bytes: bytes of routed experts (before, after), scales and padding included.
         memory: bytes of all parameters and buffers (before, after).
         disk: bytes of the safetensors files (before, after).
-        perplexity: on the held-out end of the calibration text (before, after); None in a dry run.
+        perplexity: on the held-out end of the calibration text, or on `test` (before, after); None in a dry
+            run and when streamed.
+        speed: tokens per second of forward passes (before, after), the two models by turns; None as above.
         calibration_tokens: read.
         heldout_tokens: tested on.
     """
@@ -58,6 +63,7 @@ class Quantized:
     memory: tuple[int, int]
     disk: tuple[int, int]
     perplexity: tuple[float, float] | None
+    speed: tuple[float, float] | None
     calibration_tokens: int
     heldout_tokens: int
 
@@ -81,11 +87,15 @@ def quantize_checkpoint(
     *,
     bits: float,
     calib: Sequence[Path | str],
+    test: Sequence[Path | str] = (),
     method: str = MC_SHARP,
+    affinity: bool = False,
     group_size: int = 128,
     dry_run: bool = False,
     max_tokens: int = 65536,
     seq_len: int = 512,
+    stream: bool = False,
+    chat: bool = False,
     progress: bool | None = None,
 ) -> Quantized:
     """Stores the routed experts in few bits; all else stays as it is.
@@ -93,115 +103,170 @@ def quantize_checkpoint(
     mc-sharp takes statistics of all blocks first, from the model as it was, and chooses bits; then blocks
     are rounded in order of depth, each on what the rounded ones before it give.
 
+    What is done of a block is kept in the folder `OUT.calibration` until the new checkpoint is written, so
+    that an interrupted run goes on where it stopped when it is started again.
+
     Args:
         folder: a checkpoint of a mixture of experts, with its tokenizer.
         out: a new folder, for `load_packed`; None only in a dry run.
-        bits: per expert, on average over each block for mc-sharp, at most; for the others 1, 2, 3, 4 or 8.
-        calib: text or .jsonl files; see `read_text`. The last tenth of each is held out.
-        method: one of QUANTIZERS.
+        bits: per expert, on average over each block for mc-sharp, at most; for the others 1 (not awq), 2, 3,
+            4 or 8.
+        calib: text or .jsonl files; see `read_text`. The last tenth of each is held out, to test on.
+        test: other files to test on instead: text like that of the calibration shows little of the damage.
+        method: mc-sharp, which gives each expert 1, 2 or 3 bits and rounds with GPTQ; or moequant, gptq, awq
+            or rtn, which give all the same.
+        affinity: count each token by its combine weight, as moequant does, with gptq, awq or mc-sharp.
         group_size: columns that share a scale, a multiple of 32; or -1.
         dry_run: choose the bits, and write nothing.
         max_tokens: to calibrate on, of each file at most.
         seq_len: tokens of a sequence at most.
+        stream: one layer's weights in memory at a time, for a checkpoint larger than memory. Perplexity and
+            speed are not measured.
+        chat: see `read_text`.
         progress: True for a bar, False for silence, None for a bar on a terminal and plain lines elsewhere.
 
     Raises:
         ValueError: before the model runs: no mixture of experts, experts that cannot be packed, a bit budget
             that cannot be met, an output folder that is taken, calibration text that is missing, too short
             or of another tokenizer, an unknown method.
-        KeyboardInterrupt: Ctrl-C; nothing is written.
+        KeyboardInterrupt: Ctrl-C; nothing is written but what is kept to go on with.
     """
     folder, out = Path(folder), None if out is None else Path(out)
-    config = _check(folder, out, method, bits, group_size, dry_run)
+    rounding = BlockRounding(method, bits, group_size, affinity)
+    model = _check(folder, out, rounding, dry_run)
     tokenizer = read_tokenizer(folder)
-    seen, heldout = _read(calib, tokenizer, config, max_tokens, seq_len)
-    model = load(folder, dtype="auto")
-    blocks = find_moe_blocks(model)
-    with showing(len(blocks) * ((method == MC_SHARP) + (not dry_run)), progress) as show:
-        if method == MC_SHARP:
-            plan = [_choose(model, block, seen, bits, group_size, show) for block in blocks]
+    if not calib:
+        raise ValueError("no calibration text was given; give a text or .jsonl file")
+    settings = (tokenizer, model.config.get_text_config(), max_tokens, seq_len, chat)
+    texts, tested = _read(calib, *settings), _read(test, *settings)
+    if not test:
+        parts = [held_out(text) for text in texts]
+        texts, tested = [seen for seen, _ in parts], [rest for _, rest in parts]
+    seen, heldout = ([ids for text in each for ids in batches(text)] for each in (texts, tested))
+    if out is not None and not dry_run:
+        rounding.folder = kept_folder(out, identity(folder, [seen], rounding))
+    job = _Job(folder, None if dry_run else out, rounding, seen, heldout, tokenizer)
+    with showing(len(find_moe_blocks(model)) * (rounding.chooses + (not dry_run)), progress) as show:
+        quantized = job.stream(show) if stream else job.run(show)
+    if rounding.folder is not None:
+        forget(rounding.folder)
+    return quantized
+
+
+@dataclass
+class _Job:
+    """What is known before weights are read."""
+
+    folder: Path
+    out: Path | None
+    rounding: BlockRounding
+    seen: list[Tensor]
+    heldout: list[Tensor]
+    tokenizer: Any
+
+    def run(self, show: Show) -> Quantized:
+        """With the whole model in memory."""
+        model = load(self.folder, dtype="auto")
+        blocks = find_moe_blocks(model)
+        plan = []
+        for number, block in enumerate(blocks):
+            plan.append(self.rounding.widths(number, block, partial(block_inputs, model, block, self.seen)))
+            self._show_choice(show, block, plan[-1])
+        result = self._foretell(model, blocks, plan)
+        if self.out is None:
+            return result
+        show.say("measuring the checkpoint on held-out text")
+        before = perplexity(model, self.heldout)
+        whole = {bank_name(place): place.bank for block in blocks for place in (block, *block.also)}
+        for number, block in enumerate(blocks):
+            inputs = partial(block_inputs, model, block, self.seen)
+            place_bank(model, block, self.rounding.bank(number, block, plan[number], inputs))
+            show.step(f"{block.name}: rounded")
+        show.say("measuring both")
+        result.perplexity = (before, perplexity(model, self.heldout))
+        packed = {name: model.get_submodule(name) for name in whole}
+        with placed(model, whole):
+            longest = max(self.heldout, key=Tensor.numel)
+            result.speed = interleaved_speed(model, partial(placed, model, packed), longest)
+        result.memory = (result.memory[0], _nbytes(model))
+        show.say(f"writing {self.out}")
+        _write(model, blocks, self.tokenizer, self.out)
+        return self._written(result)
+
+    def stream(self, show: Show) -> Quantized:
+        """With one layer's weights in memory at a time, in one pass over the checkpoint, or two."""
+        checkpoint = Checkpoint(self.folder)
+        blocks, plan = checkpoint.blocks, []
+        if self.rounding.chooses:
+            for number, (block, passes) in enumerate(stream_layers(checkpoint, self.seen)):
+                plan.append(self.rounding.widths(number, block, partial(caught_inputs, block, passes)))
+                self._show_choice(show, block, plan[-1])
         else:
-            plan = [[int(bits)] * block.num_experts for block in blocks]
-        whole, disk = _nbytes(model), bytes_on_disk(folder)
+            plan = [[int(self.rounding.bits)] * block.num_experts for block in blocks]
+        result = self._foretell(checkpoint.model, blocks, plan)
+        if self.out is None:
+            return result
+        layouts = {}
+        with rewriting(checkpoint, self.out, format="coterie") as writer:
+            for number, (block, passes) in enumerate(stream_layers(checkpoint, self.seen)):
+                inputs = partial(caught_inputs, block, passes)
+                bank = self.rounding.bank(number, block, plan[number], inputs)
+                layouts[bank_name(block)] = bank_layout(place_bank(checkpoint.model, block, bank).packed)
+                writer.write(block)
+                show.step(f"{block.name}: rounded")
+            writer.add_file(PACKED, layouts_text(layouts))
+        return self._written(result)
+
+    def _show_choice(self, show: Show, block: MoEBlock, widths: list[int]) -> None:
+        if self.rounding.chooses:
+            counts = ", ".join(f"{widths.count(b)} in {b}" for b in sorted(set(widths)))
+            show.step(f"{block.name}: experts by bits: {counts}")
+
+    def _foretell(self, model: PreTrainedModel, blocks: list[MoEBlock], plan: list[list[int]]) -> Quantized:
+        whole, disk = _nbytes(model), bytes_on_disk(self.folder)
         was = sum(t.nbytes for block in blocks for t in vars(block.experts).values() if t is not None)
-        will = sum(packed_nbytes(b, widths, group_size) for b, widths in zip(blocks, plan, strict=True))
-        result = Quantized(
-            source=str(folder),
+        will = sum(self.rounding.nbytes(b, widths) for b, widths in zip(blocks, plan, strict=True))
+        return Quantized(
+            source=str(self.folder),
             out=None,
-            method=method,
+            method=self.rounding.method,
             bits={block.name: widths for block, widths in zip(blocks, plan, strict=True)},
             expert_weights=sum(_weights(block) for block in blocks),
             expert_bytes=(was, will),
             memory=(whole, whole - was + will),
             disk=(disk, disk - was + will),
             perplexity=None,
-            calibration_tokens=sum(ids.numel() for ids in seen),
-            heldout_tokens=sum(ids.numel() for ids in heldout),
+            speed=None,
+            calibration_tokens=sum(ids.numel() for ids in self.seen),
+            heldout_tokens=sum(ids.numel() for ids in self.heldout),
         )
-        if dry_run or out is None:
-            return result
-        show.say("measuring the checkpoint on held-out text")
-        before = perplexity(model, heldout)
-        for block, widths in zip(blocks, plan, strict=True):
-            inputs_TD = block_inputs(model, block, seen)
-            rounding: Any = "rtn" if method == "rtn" else "gptq"
-            packed = quantize_block(block, inputs_TD, widths, rounding, group_size=group_size)
-            pack_block(model, block, *packed)
-            show.step(f"{block.name}: rounded")
-        show.say("measuring the new one")
-        result.perplexity = (before, perplexity(model, heldout))
-        result.memory = (whole, _nbytes(model))
-        show.say(f"writing {out}")
-        _write(model, blocks, tokenizer, out)
-    result.out, result.disk = str(out), (disk, bytes_on_disk(out))
-    return result
+
+    def _written(self, result: Quantized) -> Quantized:
+        assert self.out is not None
+        result.out, result.disk = str(self.out), (result.disk[0], bytes_on_disk(self.out))
+        return result
 
 
-def _choose(
-    model: PreTrainedModel, block: MoEBlock, seen: list[Tensor], bits: float, group_size: int, show: Show
-) -> list[int]:
-    statistics = expert_statistics(block, block_inputs(model, block, seen), group_size=group_size)
-    widths = allocate_bits(statistics, bits)
-    counts = ", ".join(f"{widths.count(b)} in {b}" for b in sorted(set(widths)))
-    show.step(f"{block.name}: experts by bits: {counts}")
-    return widths
-
-
-def _check(folder: Path, out: Path | None, method: str, bits: float, group_size: int, dry_run: bool) -> Any:
-    """The configuration of a checkpoint that can be quantised as asked for; no weight is read."""
-    if method not in QUANTIZERS:
-        raise ValueError(f"no method {method!r}; use one of {', '.join(QUANTIZERS)}")
+def _check(folder: Path, out: Path | None, rounding: BlockRounding, dry_run: bool) -> PreTrainedModel:
+    """The outline of a checkpoint that can be quantised as asked for; no weight is read."""
     if out is None and not dry_run:
         raise ValueError("no output folder was given; give one, or make it a dry run")
     if out is not None:
         check_output(out, str(folder))
-    if method != MC_SHARP and bits not in BITS:
-        some = ", ".join(map(str, BITS))
-        raise ValueError(f"{method} gives all experts the same bits={bits:g}; use one of {some}")
     model = outline(folder)
-    for block in find_moe_blocks(model):
-        check_packable(block)
-        if method == MC_SHARP:
-            bit_budget(block.num_experts, bits, where=block.name)
-        for matrix in (block.experts.up, block.experts.down):
-            check_group_size(group_size, matrix.shape[2])
-    return model.config.get_text_config()
+    rounding.check(find_moe_blocks(model))
+    return model
 
 
 def _read(
-    calib: Sequence[Path | str], tokenizer: Any, config: Any, max_tokens: int, seq_len: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    if not calib:
-        raise ValueError("no calibration text was given; give a text or .jsonl file")
-    seen, rest = [], []
-    for path in calib:
-        seq_len = min(seq_len, config.max_position_embeddings)
-        sequences = read_text(path, tokenizer, max_tokens=max_tokens, seq_len=seq_len)
-        check_vocabulary(path, sequences, config.vocab_size)
-        calibrate, heldout = held_out(sequences)
-        seen += batches(calibrate)
-        rest += batches(heldout)
-    return seen, rest
+    paths: Sequence[Path | str], tokenizer: Any, config: Any, max_tokens: int, seq_len: int, chat: bool
+) -> list[list[list[int]]]:
+    """The sequences of each file."""
+    texts, seq_len = [], min(seq_len, config.max_position_embeddings)
+    for path in paths:
+        texts.append(read_text(path, tokenizer, max_tokens=max_tokens, seq_len=seq_len, chat=chat))
+        check_vocabulary(path, texts[-1], config.vocab_size)
+    return texts
 
 
 def _write(model: PreTrainedModel, blocks: list[MoEBlock], tokenizer: Any, out: Path) -> None:

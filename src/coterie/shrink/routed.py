@@ -3,8 +3,9 @@
 Letters: T tokens, K slots per token, E experts, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,17 @@ def block_inputs(model: PreTrainedModel, block: MoEBlock, batches_BS: Sequence[T
 
     Raises ValueError, naming the block, if there is no text, or something read is not finite.
     """
+    return caught_inputs(block, [partial(model, ids_BS.to(model.device)) for ids_BS in batches_BS])
+
+
+@torch.no_grad()
+def caught_inputs(block: MoEBlock, passes: Sequence[Callable[[], Any]]) -> Tensor:
+    """[T, D] what a block reads in some passes, each of which ends there; see `block_inputs`.
+
+    Args:
+        block: read on its way by each pass.
+        passes: calls of the model, or of the block's layer.
+    """
     seen: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -41,9 +53,9 @@ def block_inputs(model: PreTrainedModel, block: MoEBlock, batches_BS: Sequence[T
 
     handle = block.module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        for ids_BS in batches_BS:
+        for run in passes:
             try:
-                model(ids_BS.to(model.device))
+                run()
             except _Enough:
                 continue
     finally:
