@@ -15,7 +15,7 @@ from coterie.nn.depth import (
 from coterie.nn.experts import ConcatExperts, Experts, MLPExperts, ModuleExperts, SwiGLUExperts
 from coterie.nn.mix_tokens import MixTokens
 from coterie.nn.moe import MLP, Gated, MoE, SwiGLU
-from coterie.nn.monitor import Monitor, StabilityTracker, fluctuation
+from coterie.nn.monitor import Monitor, StabilityTracker, expert_overlap, fluctuation
 from coterie.nn.multi_gate import MultiGateMoE
 from coterie.nn.permutation import LearnedPermutation, PermuteLabels, permutation_entropy
 from coterie.nn.routers import (
@@ -100,6 +100,7 @@ __all__ = [
     "ZeroCostExperts",
     "balance",
     "curvatures",
+    "expert_overlap",
     "fluctuation",
     "parameters_per_expert",
     "permutation_entropy",
