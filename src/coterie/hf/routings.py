@@ -15,9 +15,7 @@ from coterie.hf.blocks import MoEBlock
 from coterie.nn import Routing
 
 
-def route(
-    model: PreTrainedModel, blocks: Sequence[MoEBlock], **inputs: Any
-) -> tuple[Any, list[Routing]]:
+def route(model: PreTrainedModel, blocks: Sequence[MoEBlock], **inputs: Any) -> tuple[Any, list[Routing]]:
     """One forward pass: what the model returns, and what each block decided.
 
     Args:
