@@ -30,6 +30,7 @@ def test_every_public_name_is_in_the_reference():
     import coterie.nn
     import coterie.shrink
     import coterie.train
+    import coterie.tune
 
     text = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
     protocols_and_types = {"AnyRouter", "Experts", "Cache", "Span", "Callback", "Run", "LossFn"}
@@ -40,6 +41,7 @@ def test_every_public_name_is_in_the_reference():
         coterie.data,
         coterie.hf,
         coterie.shrink,
+        coterie.tune,
     ):
         for name in set(room.__all__) - protocols_and_types:
             if name[0].isupper() and not name.isupper():

@@ -47,7 +47,8 @@ CARD = Card(
     methods=("unlearning", "expert attribution", "router anchor loss"),
     problem="How can a mixture of experts forget a topic without losing all else that it knows?",
     headline="Training one expert, 0.06% of the parameters, raises the accuracy that Qwen1.5-MoE keeps on "
-    "MMLU from 0.30 to 0.53 (gradient difference) and from 0.36 to 0.54 (RMU), at forgetting as good or better.",
+    "MMLU from 0.30 to 0.53 (gradient difference) and from 0.36 to 0.54 (RMU), and it forgets as much or "
+    "more.",
 )
 
 CONFIG = DecoderConfig(
