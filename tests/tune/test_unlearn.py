@@ -61,16 +61,16 @@ def test_what_is_forgotten_already_is_not_trained(taught):
     assert all(torch.equal(now, before[name]) for name, now in taught.state_dict().items())
 
 
-def test_the_anchor_keeps_the_target_chosen():
-    shares = {}
-    for alpha in (0.0, 100.0):
+def test_the_anchor_draws_the_routers_scores_to_the_target():
+    scores = {}
+    for alpha in (0.0, 1.0):
         model = tiny_moe()
-        blocks = find_moe_blocks(model)
-        unlearn(model, FORGET, targets=[Target(1, 2)], steps=40, lr=1e-2, alpha=alpha)
+        done = unlearn(model, FORGET, targets=[Target(1, 2)], steps=10, lr=1e-2, alpha=alpha)
         with torch.no_grad():
-            _, routings = route(model, blocks, input_ids=FORGET[0].ids_BS)
-        shares[alpha] = routings[1].used_TE[:, 2].float().mean().item()
-    assert shares[100.0] > 0.95 > shares[0.0]
+            _, routings = route(model, find_moe_blocks(model), input_ids=FORGET[0].ids_BS)
+        scores[alpha] = routings[1].scores[:, 2].min().item()
+    assert scores[1.0] > 0.7 > 0.5 > scores[0.0]
+    assert done.history[-1].anchor < done.history[0].anchor / 10
 
 
 def test_the_anchor_acts_on_the_tokens_it_is_given():
@@ -147,6 +147,13 @@ def test_what_cannot_be_is_refused(model, arguments, options, message):
 def test_a_dense_model_is_refused():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=257, hidden_size=16, intermediate_size=8, num_hidden_layers=1)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
     with pytest.raises(ValueError, match="LlamaForCausalLM has no MoE block"):
         unlearn(LlamaForCausalLM(config), FORGET)

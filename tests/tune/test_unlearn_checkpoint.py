@@ -137,7 +137,14 @@ def test_bad_wishes_are_refused_in_one_line_before_weights_are_read(
 
 def test_bad_folders_and_texts_are_refused(coterie, checkpoint, texts, tmp_path):
     dense, taken = tmp_path / "dense", tmp_path / "taken"
-    config = LlamaConfig(vocab_size=257, hidden_size=16, intermediate_size=8, num_hidden_layers=1)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
     LlamaForCausalLM(config).save_pretrained(dense)
     taken.mkdir()
     (taken / "file").write_text("")

@@ -176,7 +176,7 @@ def router_anchor(
                 f"experts={list(experts)}; give at least one, each in 0 … {routing.num_experts - 1}"
             )
         ids = torch.tensor(list(experts), device=routing.scores.device)
-        wanted_E = torch.zeros_like(routing.scores[0]).index_fill(0, ids, 1 / len(experts))
+        wanted_E = routing.scores.new_zeros(routing.num_experts).index_fill(0, ids, 1 / len(experts))
         gates_TE = routing.scores
         if on == "topk":
             gates_TE = torch.where(routing.used_TE | (wanted_E > 0), gates_TE, 0)

@@ -151,24 +151,24 @@ def _gain(arms: Numbers, method: str, utility: str = "utility") -> float:
 CLAIMS = [
     *(
         Claim(
-            f"after 60 steps, {arm} has forgotten: its accuracy on the topic is at most 0.05",
+            f"gradient ascent on {what} ends with an accuracy on the topic of at most 0.05",
             lambda arms, arm=arm: arms[arm]["accuracy on the topic"],  # type: ignore[misc]
             at_most=FORGOTTEN,
         )
-        for arm in ("ga/uoe", "ga/all")
+        for arm, what in (("ga/uoe", "one expert"), ("ga/all", "all parameters"))
     ),
     Claim(
-        "and gradient ascent on one expert has kept 0.3 more utility than on all parameters",
+        "and, on one expert, with 0.3 more utility than on all parameters",
         partial(_gain, method="ga"),
         at_least=0.3,
     ),
     Claim(
-        "where both have just forgotten, it has 0.2 more",
+        "where both have just forgotten, with 0.2 more",
         partial(_gain, method="ga", utility="utility when forgotten"),
         at_least=0.2,
     ),
     Claim(
-        "with NPO alone, one expert keeps 0.2 more utility than all parameters",
+        "with NPO alone, training one expert keeps 0.2 more utility than training all parameters",
         partial(_gain, method="npo-alone"),
         at_least=0.2,
         note="With its loss on text to keep, as the paper has it, NPO on all parameters also ends with its "
