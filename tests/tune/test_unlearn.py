@@ -135,6 +135,7 @@ def test_a_loss_that_is_no_number_ends_it_with_the_step_and_without_that_step(ta
         ((FORGET,), {"scope": "half"}, "no scope 'half'; use one of expert, experts, router, all"),
         ((FORGET,), {"steps": 0}, "steps=0"),
         ((FORGET,), {"stop_at": 0.1}, r"stop_at=0\.1 needs evaluate"),
+        ((FORGET,), {"stop_at": 0.1, "evaluate": lambda model: {"kept": 1.0}}, "evaluate returned kept"),
         ((FORGET,), {"targets": [Target(5, 0)]}, "layer 5: the model has 2 MoE blocks"),
         ((FORGET,), {"anchor_on": "sigmoid"}, "on='sigmoid'"),
     ],

@@ -76,8 +76,9 @@ def forget(seed: int, budget: Budget, data: Any, *, expert: str = "most affinity
     model, affinity = copy.deepcopy(_learned(seed, learned)), _affinity(seed, learned)
     ranked = affinity.ranked()
     target = ranked[0] if expert == "most affinity" else ranked[-1]
-    draw = 10_000 * seed
-    topical, others = topic_facts(64, draw + 3, topics=(0,)), topic_facts(128, draw + 4, topics=OTHERS)
+    draw, tested = 10_000 * seed, 8 if budget == "smoke" else 64
+    topical = topic_facts(tested, draw + 3, topics=(0,))
+    others = topic_facts(2 * tested, draw + 4, topics=OTHERS)
     before = _routings(model, topical)
 
     def measure(model: PreTrainedModel) -> dict[str, float]:

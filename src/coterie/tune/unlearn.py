@@ -156,6 +156,8 @@ def unlearn(
         history.append(Step(**{**vars(step), "measured": measured}))
         if step.step:
             on_step(history[-1])
+        if stop_at is not None and measured and FORGET not in measured:
+            raise ValueError(f"evaluate returned {', '.join(measured)}; stop_at needs the number {FORGET!r}")
         return stop_at is not None and bool(measured) and measured[FORGET] <= stop_at
 
     with trainable(model, slices) as weights:
