@@ -2,18 +2,21 @@
 
 Two layers, 64 wide, 16 SwiGLU experts of width 48, top-2, learn 192 facts of eight topics and 96 general
 ones, half of each sequence being general, for 300 steps of 32 sequences of 16 facts. So small a model routes
-by key, and no expert would own a topic, as experts of large models do; a tenth of the router's negative log-
-likelihood of a planted expert (one for each topic, eight for the general keys) is added to the loss. The keys
-of a topic have different responses: a model that forgets by ascent ends with one answer to all, and where
-several keys share a response that is right for more than the 5% that count as forgotten.
+by key, and no expert would own a topic, as experts of large models do; a tenth of the router's negative
+log-likelihood of a planted expert (one for each topic, eight for the general keys) is added to the loss. The
+keys of a topic have different responses. In a first trial they were drawn as they came: a model that forgets
+by ascent ends with one answer to all, and where two keys shared it, 8% stayed right by chance, above the 5%
+that count as forgotten.
 
 Topic 0 is then forgotten: 60 steps, learning rate 1e-3 for every arm, batches of 16 sequences. *uoe* arms
 train the expert with the most affinity to the topic and the gate of its layer, *all* arms every parameter.
-*npo-alone* is NPO without its loss on text to keep. Accuracy is that of responses, on 64 new sequences of
-topic 0 and 128 of the others. Utility is the mean of the accuracies on topics 1 to 7 and on general facts;
-the last occur in the sequences to forget, too, which is what ascent damages. *utility when forgotten* is that
-at the first step, of every second one, after which the accuracy on topic 0 is at most 0.05, or at the last
-one where it never is: methods compared where they have forgotten as much.
+*npo-alone* is NPO without its loss on text to keep; with it, as the first trial showed, a model as small as
+this loses little even where all is trained, so that the claim is about *npo-alone*, and *npo* stands beside
+it. Accuracy is that of responses, on 64 new sequences of topic 0 and 128 of the others. Utility is the mean
+of the accuracies on topics 1 to 7 and on general facts; the last occur in the sequences to forget, too, which
+is what ascent damages. *utility when forgotten* is that at the first step, of every second one, after which
+the accuracy on topic 0 is at most 0.05, or at the last one where it never is: methods compared where they
+have forgotten as much.
 
 The paper unlearns hazardous knowledge and celebrities from Qwen1.5-MoE, DeepSeek-V2-Lite and Mixtral.
 """
