@@ -10,7 +10,7 @@ from coterie.report.plots import Line, line_plot
 from coterie.report.tables import MISSING, format_bytes, format_count, format_number, print_table
 
 if TYPE_CHECKING:
-    from coterie.tune.checkpoint import Known, Unlearned
+    from coterie.tune.result import Known, Unlearned
 
 BOUND = (
     "A low accuracy on this text does not prove that the knowledge is gone: ask about it in other words, and "
