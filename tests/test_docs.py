@@ -36,6 +36,7 @@ def test_every_public_name_is_in_the_reference():
     import coterie.stream
     import coterie.tabular
     import coterie.train
+    import coterie.tune
 
     text = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
     protocols_and_types = {"AnyRouter", "Experts", "Cache", "Span", "Callback", "Run", "LossFn"}
@@ -51,6 +52,7 @@ def test_every_public_name_is_in_the_reference():
         coterie.finance,
         coterie.forecast,
         coterie.longitudinal,
+        coterie.tune,
     ):
         for name in set(room.__all__) - protocols_and_types:
             if name[0].isupper() and not name.isupper():

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from routings import routings
 
 from coterie.nn import LinearScore, Monitor, NoisyTopK, Router, Routing, TopK, balance, fluctuation
@@ -163,3 +164,44 @@ def test_fluctuation_is_the_share_of_tokens_that_moved():
     assert fluctuation(a, b) == 0.5
     with pytest.raises(ValueError, match="of the same tokens and experts"):
         fluctuation(a, TopK(1)(torch.eye(5)))
+
+
+@given(routings(masked=True), st.data())
+def test_the_anchor_is_what_a_plain_loop_computes(routing, data):
+    e = routing.num_experts
+    experts = data.draw(st.lists(st.integers(0, e - 1), min_size=1, max_size=e, unique=True))
+    on = data.draw(st.sampled_from(["topk", "softmax"]))
+    kept = [t for t, real in enumerate(routing.mask.tolist()) if real]
+    total = 0.0
+    for t in kept:
+        for i in range(e):
+            seen = on == "softmax" or i in routing.experts[t].tolist() or i in experts
+            gate = routing.scores[t, i].item() if seen else 0.0
+            total += (gate - (1 / len(experts) if i in experts else 0.0)) ** 2
+    found = balance.router_anchor(routing, experts, on=on).item()
+    assert found == pytest.approx(total / max(len(kept), 1))
+
+
+@pytest.mark.parametrize("on", ["topk", "softmax"])
+def test_the_anchor_pulls_back_tokens_that_have_left_the_expert(on):
+    router = Router(LinearScore(4, 8), TopK(2))
+    x = torch.rand(64, 4)  # on one side of the origin, where one expert can be best for all
+    gone = (~router(x).used_TE[:, 5]).nonzero().flatten()
+    assert len(gone) > 10
+    optimizer = torch.optim.SGD(router.parameters(), lr=1.0)
+    for _ in range(300):
+        optimizer.zero_grad()
+        balance.router_anchor(router(x[gone]), [5], on=on).backward()
+        optimizer.step()
+    assert router(x[gone]).used_TE[:, 5].float().mean() > 0.8
+
+
+def test_the_anchor_pulls_only_the_tokens_it_is_given():
+    routing = Routing.dense(torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.0, 1.0]]))
+    first = torch.tensor([True, False, False])
+    assert balance.router_anchor(routing, [0], tokens_T=first).item() == 0.5
+    assert balance.router_anchor([routing, routing], [0]).item() == pytest.approx((0.5 + 0 + 2) / 3)
+    with pytest.raises(ValueError, match=r"experts=\[2\]; give at least one, each in 0 … 1"):
+        balance.router_anchor(routing, [2])
+    with pytest.raises(ValueError, match='on=\'sigmoid\'; use "topk" or "softmax"'):
+        balance.router_anchor(routing, [0], on="sigmoid")

@@ -1,5 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from routings import routings
 from torch import nn
 
 from coterie.nn import (
@@ -13,6 +18,7 @@ from coterie.nn import (
     StabilityTracker,
     TopK,
     balance,
+    expert_overlap,
     fluctuation,
 )
 
@@ -86,3 +92,26 @@ def test_fluctuation_over_layers_is_their_mean_and_padding_does_not_count():
 def test_what_cannot_be_compared_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@given(routings(masked=True), st.integers(0, 2**31))
+def test_expert_overlap_is_what_a_plain_loop_computes_and_ignores_the_order_of_slots(routing, seed):
+    generator = torch.Generator().manual_seed(seed)
+    e, slots = routing.num_experts, routing.experts.shape[1]
+    other = torch.rand(len(routing.experts), e, generator=generator).argsort(1)[:, :slots]
+    after = replace(routing, experts=other)
+    shares = [
+        len(set(old) & set(new)) / len(old)
+        for old, new in (
+            (set(a) - {-1}, b) for a, b in zip(routing.experts.tolist(), other.tolist(), strict=True)
+        )
+        if old
+    ]
+    if shares:
+        assert expert_overlap(routing, after) == pytest.approx(sum(shares) / len(shares))
+        assert expert_overlap(routing, replace(routing, experts=routing.experts.flip(1))) == pytest.approx(1)
+
+
+def test_expert_overlap_refuses_routings_of_other_tokens():
+    with pytest.raises(ValueError, match="both must be of the same tokens and experts"):
+        expert_overlap(Routing.dense(torch.eye(2)), Routing.dense(torch.eye(3)))

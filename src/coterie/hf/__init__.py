@@ -8,6 +8,7 @@ from coterie.hf.layout import BankLayout, BlockLayout, block_layout
 from coterie.hf.load import check_files, load, outline
 from coterie.hf.record import BlockRecord, recording
 from coterie.hf.rewrite import Writer, rewriting, save_pruned
+from coterie.hf.routings import route
 from coterie.hf.save import check_expressible, save
 from coterie.hf.stream import stream_layers, stream_records
 from coterie.hf.tensors import ExpertTensors, RouterTensors, pack, unpack
@@ -35,6 +36,7 @@ __all__ = [
     "recording",
     "register",
     "rewriting",
+    "route",
     "save",
     "save_pruned",
     "stream_layers",

@@ -17,7 +17,7 @@ from coterie.nn.group_attention import GroupAttention, GroupAttentionExperts
 from coterie.nn.grow import append_experts, bias_for_share, hold_experts, keep_experts
 from coterie.nn.mix_tokens import MixTokens
 from coterie.nn.moe import MLP, Gated, MoE, SwiGLU
-from coterie.nn.monitor import Monitor, StabilityTracker, fluctuation
+from coterie.nn.monitor import Monitor, StabilityTracker, expert_overlap, fluctuation
 from coterie.nn.multi_gate import MultiGateMoE
 from coterie.nn.permutation import LearnedPermutation, PermuteLabels, permutation_entropy
 from coterie.nn.routers import (
@@ -109,6 +109,7 @@ __all__ = [
     "balance",
     "bias_for_share",
     "curvatures",
+    "expert_overlap",
     "fluctuation",
     "hold_experts",
     "keep_experts",

@@ -4,6 +4,8 @@ Every loss takes one Routing or the list a model returns, and gives the mean ove
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, distributed
@@ -150,6 +152,56 @@ def load_cv2(routings: Routings) -> Tensor:
         if routing.choice_probability is None:
             raise ValueError("load_cv2 needs choice_probability; route with NoisyTopK in training mode")
         return _cv2(_masked(routing.choice_probability, routing).sum(0))
+
+    return _over_layers(loss, routings)
+
+
+def router_anchor(
+    routings: Routings,
+    experts: Sequence[int],
+    *,
+    on: Literal["topk", "softmax"] = "topk",
+    tokens_T: Tensor | None = None,
+) -> Tensor:
+    """Pulls tokens to given experts: mean over tokens of ‖g - a‖², a being 1/M for each of M experts, else 0.
+
+    It is 0 when a token's scores are a, and 2 at most. Unlearning holds tokens at the expert that knows their
+    topic with it; trained without, a router may find that moving them elsewhere also makes the loss smaller.
+
+    Args:
+        routings: one Routing, or one per layer; their scores are those of a softmax.
+        experts: M ids.
+        on: what g is. "topk": the scores of the experts that a token uses, 0 elsewhere, and those of
+            `experts` whether it uses them or not: where it does not, 0 would have no gradient to come back
+            by. "softmax": all scores.
+        tokens_T: [T] bool, the tokens to pull; None for all that are not padding.
+
+    Raises ValueError for an expert that does not exist, or another `on`.
+
+    Source: UOE (2024, arXiv 2411.18797), router anchor loss; the mean over tokens is our reading.
+
+    >>> routing = Routing.dense(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+    >>> float(router_anchor(routing, [0]))
+    0.25
+    """
+    if on not in ("topk", "softmax"):
+        raise ValueError(f'on={on!r}; use "topk" or "softmax"')
+
+    def loss(routing: Routing) -> Tensor:
+        if not experts or not all(0 <= e < routing.num_experts for e in experts):
+            raise ValueError(
+                f"experts={list(experts)}; give at least one, each in 0 … {routing.num_experts - 1}"
+            )
+        ids = torch.tensor(list(experts), device=routing.scores.device)
+        wanted_E = routing.scores.new_zeros(routing.num_experts).index_fill(0, ids, 1 / len(experts))
+        gates_TE = routing.scores
+        if on == "topk":
+            gates_TE = torch.where(routing.used_TE | (wanted_E > 0), gates_TE, 0)
+        distance_T = (gates_TE - wanted_E).square().sum(1)
+        if tokens_T is not None:
+            mask = tokens_T if routing.mask is None else tokens_T & routing.mask
+            routing = replace(routing, mask=mask)
+        return _token_mean(distance_T, routing)
 
     return _over_layers(loss, routings)
 

@@ -181,21 +181,58 @@ def fluctuation(before: Routing | Sequence[Routing], after: Routing | Sequence[R
     >>> fluctuation(Routing.dense(a), Routing.dense(b))
     0.5
     """
+    return _mean_over_layers(_fluctuation, before, after)
+
+
+@torch.no_grad()
+def expert_overlap(before: Routing | Sequence[Routing], after: Routing | Sequence[Routing]) -> float:
+    """Share of the experts that tokens used before and still use, mean over tokens and layers; 1 at best.
+
+    Args:
+        before: one Routing, or one per layer.
+        after: the same, of the same tokens.
+
+    Raises:
+        ValueError: not of the same tokens, experts or number of layers.
+
+    Source: UOE (2024, arXiv 2411.18797), expert overlap ratio.
+
+    >>> a, b = torch.tensor([[0, 1], [0, 1]]), torch.tensor([[1, 0], [0, 2]])
+    >>> ones, scores = torch.ones(2, 2), torch.ones(2, 3)
+    >>> expert_overlap(Routing(a, ones, scores, scores, 3), Routing(b, ones, scores, scores, 3))
+    0.75
+    """
+    return _mean_over_layers(_overlap, before, after)
+
+
+def _overlap(before: Routing, after: Routing) -> float:
+    stay_T = (before.used_TE & after.used_TE).sum(1) / before.slots_per_token.clamp(min=1)
+    # padding, and whatever else used no expert, has none to keep
+    return stay_T[before.slots_per_token > 0].double().mean().item()
+
+
+def _mean_over_layers(
+    compare: Callable[[Routing, Routing], float],
+    before: Routing | Sequence[Routing],
+    after: Routing | Sequence[Routing],
+) -> float:
     befores = [before] if isinstance(before, Routing) else before
     afters = [after] if isinstance(after, Routing) else after
     if not befores or len(befores) != len(afters):
         raise ValueError(
             f"routings of {len(befores)} and of {len(afters)} layers; should be as many, at least 1"
         )
-    return math.fsum(map(_fluctuation, befores, afters)) / len(befores)
+    for one, other in zip(befores, afters, strict=True):
+        if one.experts.shape[0] != other.experts.shape[0] or one.num_experts != other.num_experts:
+            raise ValueError(
+                f"routings of {one.experts.shape[0]} tokens over {one.num_experts} experts and of "
+                f"{other.experts.shape[0]} over {other.num_experts}; both must be of the same tokens and "
+                "experts"
+            )
+    return math.fsum(map(compare, befores, afters)) / len(befores)
 
 
 def _fluctuation(before: Routing, after: Routing) -> float:
-    if before.experts.shape[0] != after.experts.shape[0] or before.num_experts != after.num_experts:
-        raise ValueError(
-            f"routings of {before.experts.shape[0]} tokens over {before.num_experts} experts and of "
-            f"{after.experts.shape[0]} over {after.num_experts}; both must be of the same tokens and experts"
-        )
     changed = _top_expert(before) != _top_expert(after)
     if before.mask is not None:
         changed = changed[before.mask]
