@@ -4,6 +4,7 @@ from coterie.data.batches import ShuffledBatches, whole_batches
 from coterie.data.corruption import attack_tokens, corrupt_images
 from coterie.data.domain_markov import domain_markov
 from coterie.data.files import Span, find_text, split_by_file, stdlib_sources
+from coterie.data.ids import Vocabulary
 from coterie.data.images import digits, read_digits
 from coterie.data.tables import TableEncoder, check_columns, import_pandas, read_table, table_chunks
 from coterie.data.text import ByteCorpus, ByteWindows
@@ -17,6 +18,7 @@ __all__ = [
     "ShuffledBatches",
     "Span",
     "TableEncoder",
+    "Vocabulary",
     "attack_tokens",
     "byte_tokenizer",
     "check_columns",

@@ -13,10 +13,13 @@ from coterie.nn.depth import (
     robust_momentum,
 )
 from coterie.nn.experts import ConcatExperts, Experts, MLPExperts, ModuleExperts, SwiGLUExperts
+from coterie.nn.feature_gate import FeatureGate
+from coterie.nn.health import ExpertHealth
 from coterie.nn.mix_tokens import MixTokens
 from coterie.nn.moe import MLP, Gated, MoE, SwiGLU
 from coterie.nn.monitor import Monitor, StabilityTracker, fluctuation
-from coterie.nn.multi_gate import MultiGateMoE
+from coterie.nn.multi_gate import MaskedGates, MultiGateMoE
+from coterie.nn.normalized_experts import NormalizedExperts
 from coterie.nn.permutation import LearnedPermutation, PermuteLabels, permutation_entropy
 from coterie.nn.routers import (
     AnyRouter,
@@ -58,7 +61,9 @@ __all__ = [
     "Dense",
     "DepthState",
     "ExpertChoice",
+    "ExpertHealth",
     "Experts",
+    "FeatureGate",
     "Gated",
     "HashRouter",
     "InputJitter",
@@ -71,6 +76,7 @@ __all__ = [
     "MaskExperts",
     "MaskSlots",
     "MaskWeights",
+    "MaskedGates",
     "MixTokens",
     "MoE",
     "ModuleExperts",
@@ -78,6 +84,7 @@ __all__ = [
     "Monitor",
     "MultiGateMoE",
     "NoisyTopK",
+    "NormalizedExperts",
     "PermuteExperts",
     "PermuteLabels",
     "PlainResidual",

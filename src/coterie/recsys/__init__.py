@@ -1,0 +1,1 @@
+"""Rankers: several behaviours at once, and one user's history at a time."""
