@@ -37,7 +37,8 @@ class Vocabulary:
     def encode(self, column: "pd.Series[Any]") -> npt.NDArray[np.int64]:
         """int64 [rows], 0 … len(self) - 1."""
         numbers = {value: number for number, value in enumerate(self.values, 1)}
-        return _texts(column).map(numbers).fillna(0).to_numpy(dtype=np.int64)
+        codes: npt.NDArray[np.int64] = _texts(column).map(numbers).fillna(0).to_numpy(dtype=np.int64)
+        return codes
 
     def __len__(self) -> int:
         """Numbers in use, 0 included."""

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class FeatureGate(nn.Module):
-    """Scales features by factors in (0, 2) that depend on them: y = x · Σ_l softmax(W x)_l · 2 sigmoid(x B_l A_l).
+    """Scales features by factors that depend on them: x · Σ_l softmax(W x)_l · 2 sigmoid(x B_l A_l).
 
     The gates start as the identity, since every A_l starts at zero.
 
@@ -40,14 +40,16 @@ class FeatureGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_GTD = x.expand(self.up[0].shape[0], -1, -1) if x.dim() == 2 else x.transpose(0, 1)
-        factors = [2 * (x_GTD @ down @ up).sigmoid() for down, up in zip(self.down, self.up, strict=True)]
-        if self.mix is None or self.mix_bias is None:
-            return (x_GTD * factors[0]).transpose(0, 1)
-        shares_GTL = F.softmax(torch.baddbmm(self.mix_bias, x_GTD, self.mix), dim=-1)
-        mixed_GTD = sum(
-            share.unsqueeze(-1) * f for share, f in zip(shares_GTL.unbind(-1), factors, strict=True)
+        return (x_GTD * self._factor(x_GTD)).transpose(0, 1)
+
+    def _factor(self, x_GTD: Tensor) -> Tensor:
+        factors_LGTD = torch.stack(
+            [2 * (x_GTD @ down @ up).sigmoid() for down, up in zip(self.down, self.up, strict=True)]
         )
-        return (x_GTD * mixed_GTD).transpose(0, 1)
+        if self.mix is None or self.mix_bias is None:
+            return factors_LGTD[0]
+        shares_GTL = F.softmax(torch.baddbmm(self.mix_bias, x_GTD, self.mix), dim=-1)
+        return torch.einsum("gtl,lgtd->gtd", shares_GTL, factors_LGTD)
 
 
 def uniform(*shape: int, fan_in: int) -> nn.Parameter:

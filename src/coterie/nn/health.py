@@ -22,6 +22,7 @@ class ExpertHealth:
 
     def __init__(self) -> None:
         self._tokens = 0
+        self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def update(self, outputs_TEH: Tensor, weights_TGE: Tensor) -> None:

@@ -73,7 +73,7 @@ class MaskedGates(nn.Module):
 
     Raises ValueError for a gate that reaches nothing.
 
-    Source: Ma et al. 2018 (MMoE), equation 6, where every gate reaches all; Wang et al. 2025 (HoME), meta mask.
+    Source: Ma et al. 2018 (MMoE), equation 6, where every gate reaches all; Wang et al. 2025 (HoME).
 
     >>> gates = MaskedGates(3, torch.tensor([[True, True, False], [False, True, True]]))
     >>> weights = gates(torch.randn(5, 3))

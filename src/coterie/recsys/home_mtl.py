@@ -1,7 +1,7 @@
 """HoME: experts in a hierarchy, normalised, each bank with a view of its own; and the mixtures before it.
 
-Source: Wang et al. 2025, "HoME: Hierarchy of Multi-Gate Experts for Multi-Task Learning at Kuaishou" (KDD 2025,
-arXiv 2408.05430).
+Source: Wang et al. 2025, "HoME: Hierarchy of Multi-Gate Experts for Multi-Task Learning at Kuaishou" (KDD
+2025, arXiv 2408.05430).
 """
 
 import warnings
@@ -143,11 +143,11 @@ class MultiTaskMoEClassifier(BaseEstimator):  # type: ignore[misc]
         with torch.no_grad():
             batches = [self.model_.features(*batch) for batch in _batches(ids_TI, features_TD)]
         rows = []
-        for number, (module, health) in enumerate(
-            zip(self.model_.mixture.levels, expert_health(self.model_.mixture, batches), strict=True), 1
-        ):
-            gates, share_GE, reach_GE = list(module.level.gates), health.gate_share, module.level.reach
-            for expert, name in enumerate(_expert_names(module.level.bank_of)):
+        mixture = self.model_.mixture
+        measured = zip(mixture.layout, expert_health(mixture, batches), strict=True)
+        for number, (level, health) in enumerate(measured, 1):
+            gates, share_GE, reach_GE = list(level.gates), health.gate_share, level.reach
+            for expert, name in enumerate(_expert_names(level.bank_of)):
                 top, several = int(share_GE[:, expert].argmax()), int(reach_GE[:, expert].sum()) > 1
                 rows.append(
                     {
@@ -223,7 +223,7 @@ class MultiTaskMoEClassifier(BaseEstimator):  # type: ignore[misc]
             sizes, self.embedding, dense, self.preset, categories, self.hidden, self.layout
         )
         self.num_parameters_ = sum(p.numel() for p in self.model_.parameters())
-        self.expert_names_ = _expert_names(self.model_.mixture.levels[-1].level.bank_of)
+        self.expert_names_ = _expert_names(self.model_.mixture.layout[-1].bank_of)
 
     def _encode(self, frame: "pd.DataFrame") -> tuple[Tensor, Tensor]:
         check_columns(frame, [*self.ids, *self._features])
@@ -255,9 +255,13 @@ class _Network(nn.Module):
         layout: Mapping[str, Any] | None,
     ) -> None:
         super().__init__()
-        self.embeddings = nn.ModuleList(nn.Embedding(size, embedding) for size in sizes)
-        for table in self.embeddings:
-            nn.init.normal_(table.weight, std=0.05)
+        # small, so that identifiers seen a few times hardly count
+        self.embeddings = nn.ModuleList(
+            nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
+                0.05 * torch.randn(size, embedding), freeze=False
+            )
+            for size in sizes
+        )
         dim = dense + embedding * len(sizes)
         self.mixture = MultiTaskMoE.from_preset(preset, dim, categories, hidden=hidden, **(layout or {}))
 
@@ -271,7 +275,7 @@ class _Network(nn.Module):
 
 
 def _batches(*columns: Tensor, rows: int = 4096) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(column.split(rows) for column in columns), strict=True))
+    return list(zip(*(torch.split(column, rows) for column in columns), strict=True))
 
 
 def _expert_names(bank_of: Sequence[str]) -> list[str]:
@@ -297,9 +301,9 @@ def _labels(labels: "pd.DataFrame", rows: int) -> Tensor:
         if wrong.any():
             row = int(wrong.argmax())
             raise ValueError(
-                f"label column {name!r}, row {labels.index[row]}: {labels[name].iloc[row]!r}; "
+                f"label column {name!r}, row {labels.index[row]}: {labels[name].tolist()[row]!r}; "
                 "should be 0, 1 or missing"
             )
         if column.nunique() < 2:
             warnings.warn(f"all labels of {name!r} are alike; there is nothing to learn", stacklevel=3)
-    return torch.from_numpy(labels.astype(float).to_numpy(dtype=np.float32, na_value=np.nan))
+    return torch.tensor(labels.astype(float).to_numpy(dtype=np.float32, na_value=np.nan))

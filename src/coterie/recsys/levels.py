@@ -1,7 +1,7 @@
 """Who reaches whom: multi-task mixtures of experts as data, from shared-bottom to HoME.
 
-A level is banks of experts and gates. A gate's output is the weighted sum of the experts it reaches; banks and
-gates of a level read outputs of the level below, or "input". The gates of the last level are the tasks.
+A level is banks of experts and gates. A gate's output is the weighted sum of the experts it reaches; banks
+and gates of a level read outputs of the level below, or "input". The gates of the last level are the tasks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -120,6 +120,7 @@ def adatt(tasks: Mapping[str, str], *, shared: int = 1, own: int = 1) -> list[Le
 
     Source: Li et al. 2023 (AdaTT), section 3; their own experts have weights that do not depend on the input.
     """
+    _check_names(tasks, ["shared"])
     names = ("shared", *tasks)
     counts = {"shared": shared, **dict.fromkeys(tasks, own)}
     levels = []
@@ -154,9 +155,8 @@ def home(
     """
     categories = list(dict.fromkeys(tasks.values()))
     names = {category: f"category {category}" for category in categories}
-    if {*tasks} & {"all", *names.values()}:
-        raise ValueError(f"a task is called {sorted({*tasks} & {'all', *names.values()})[0]!r}; rename it")
     groups = ("all", *names.values())
+    _check_names(tasks, groups)
     lower = {name: Bank(meta) for name in groups}
     upper = {
         **{name: Bank(group, reads=name) for name in groups},
@@ -173,5 +173,12 @@ def home(
 
 
 def _cgc_level(tasks: Mapping[str, str], shared: int, own: int) -> Level:
+    _check_names(tasks, ["shared"])
     banks = {"shared": Bank(shared), **{task: Bank(own) for task in tasks}}
     return Level(banks, {task: Gate(("shared", task)) for task in tasks})
+
+
+def _check_names(tasks: Mapping[str, str], banks: Sequence[str]) -> None:
+    for task in tasks:
+        if task in banks:
+            raise ValueError(f"a task is called {task!r}, as a bank of this layout is; rename it")

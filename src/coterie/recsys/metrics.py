@@ -1,10 +1,10 @@
 """Losses and figures of rankers: masked cross-entropy, AUC, AUC within a user, NDCG."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 from torch import Tensor
@@ -18,6 +18,7 @@ def masked_bce(logits_TK: Tensor, labels_TK: Tensor) -> Tensor:
         logits_TK: [rows, tasks].
         labels_TK: 0, 1, or NaN where a task has no label.
 
+    >>> import torch
     >>> nan = float("nan")
     >>> masked_bce(torch.zeros(2, 2), torch.tensor([[1.0, nan], [0.0, nan]])).item()
     0.693...
@@ -84,14 +85,15 @@ def ndcg(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, k: int = 10) -
     _, user, rows = np.unique(users, return_inverse=True, return_counts=True)
     first = np.cumsum(rows) - rows
     place = np.arange(len(y)) - np.repeat(first, rows)
+    order = np.lexsort((-s, user))
     discount = np.where(place < k, 1 / np.log2(place + 2), 0)
-    gain = np.bincount(user[(order := np.lexsort((-s, user)))], y[order] * discount, minlength=len(rows))
+    gain = np.bincount(user[order], y[order] * discount, minlength=len(rows))
     positives = np.bincount(user[y], minlength=len(rows))
     best = np.concatenate([[0], np.cumsum(1 / np.log2(np.arange(k) + 2))])[np.minimum(positives, k)]
     return float(np.mean(gain[positives > 0] / best[positives > 0])) if positives.any() else float("nan")
 
 
-def _known(labels: ArrayLike, *others: ArrayLike) -> list[npt.NDArray[np.generic]]:
+def _known(labels: ArrayLike, *others: ArrayLike) -> list[npt.NDArray[Any]]:
     y = np.asarray(labels, dtype=float)
     columns = [np.asarray(other) for other in others]
     if any(len(column) != len(y) for column in columns):

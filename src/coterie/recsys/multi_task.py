@@ -81,7 +81,7 @@ class MultiTaskMoE(nn.Module):
         ranks: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        widths = {INPUT: dim}
+        self.layout, widths = list(levels), {INPUT: dim}
         self.levels = nn.ModuleList()
         for level in levels:
             level.check(list(widths))
@@ -114,7 +114,7 @@ class MultiTaskMoE(nn.Module):
             lost = [task for task, category in tasks.items() if not category] or "no task"
             raise ValueError(f"{lost} without a category; give every task exactly one")
         own = {"hidden", "tower", "expert_norm", "ranks"} & {*options}
-        kept = {"expert_norm": preset == "home", "ranks": (4, 8) if preset == "home" else ()}
+        kept: dict[str, Any] = {"expert_norm": preset == "home", "ranks": (4, 8) if preset == "home" else ()}
         kept |= {name: options.pop(name) for name in own}
         return cls(dim, PRESETS[preset](tasks, **options), **kept)
 
@@ -128,6 +128,8 @@ class MultiTaskMoE(nn.Module):
 
 
 class _GatedLevel(nn.Module):
+    bank_E: Tensor
+
     def __init__(
         self, level: Level, widths: Mapping[str, int], hidden: int, norm: bool, ranks: Sequence[int]
     ) -> None:

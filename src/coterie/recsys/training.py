@@ -49,7 +49,7 @@ def train_epochs(
             batch = order[start:end]
             value = loss([column[batch] for column in columns])
             optimizer.zero_grad()
-            value.backward()
+            value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += value.detach() * (end - start)
         losses.append(total.item() / rows)
