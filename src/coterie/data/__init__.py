@@ -6,6 +6,7 @@ from coterie.data.domain_markov import domain_markov
 from coterie.data.files import Span, find_text, split_by_file, stdlib_sources
 from coterie.data.ids import Vocabulary
 from coterie.data.images import digits, read_digits
+from coterie.data.impressions import Events, histories
 from coterie.data.tables import TableEncoder, check_columns, import_pandas, read_table, table_chunks
 from coterie.data.text import ByteCorpus, ByteWindows
 from coterie.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, byte_tokenizer
@@ -15,6 +16,7 @@ __all__ = [
     "VOCAB_SIZE",
     "ByteCorpus",
     "ByteWindows",
+    "Events",
     "ShuffledBatches",
     "Span",
     "TableEncoder",
@@ -26,6 +28,7 @@ __all__ = [
     "digits",
     "domain_markov",
     "find_text",
+    "histories",
     "import_pandas",
     "read_digits",
     "read_table",

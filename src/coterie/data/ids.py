@@ -30,14 +30,14 @@ class Vocabulary:
 
     def fit(self, column: "pd.Series[Any]") -> "Vocabulary":
         """Learns the values, in the order of their text."""
-        counts = _texts(column).value_counts()
+        counts = as_texts(column).value_counts()
         self.values = sorted(counts.index[counts >= self.min_count])
         return self
 
     def encode(self, column: "pd.Series[Any]") -> npt.NDArray[np.int64]:
         """int64 [rows], 0 … len(self) - 1."""
         numbers = {value: number for number, value in enumerate(self.values, 1)}
-        codes: npt.NDArray[np.int64] = _texts(column).map(numbers).fillna(0).to_numpy(dtype=np.int64)
+        codes: npt.NDArray[np.int64] = np.array(as_texts(column).map(numbers).fillna(0), dtype=np.int64)
         return codes
 
     def __len__(self) -> int:
@@ -45,7 +45,8 @@ class Vocabulary:
         return len(self.values) + 1
 
 
-def _texts(column: "pd.Series[Any]") -> "pd.Series[Any]":
+def as_texts(column: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Values as texts, None where missing: 7, 7.0 and "7" are "7"."""
     pd = import_pandas()
     codes, values = pd.factorize(column)  # NaN gets -1
     texts = [str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in values]

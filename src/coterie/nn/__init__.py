@@ -3,6 +3,7 @@
 from coterie.nn import balance
 from coterie.nn.affinity import AttentionAffinity, SimilarityAffinity
 from coterie.nn.attention import AttentionHeads
+from coterie.nn.contrast import drop_elements, router_contrast
 from coterie.nn.cost import parameters_per_expert
 from coterie.nn.depth import (
     AdamResidual,
@@ -45,6 +46,7 @@ from coterie.nn.score import (
     RemapScores,
 )
 from coterie.nn.select import Dense, ExpertChoice, Threshold, TopK, TopP
+from coterie.nn.set_attention import SequenceGate, TargetPooling
 from coterie.nn.spectrum import curvatures, spectral_radius, stability_limit
 from coterie.nn.trees import DSelectKScore, TreeRouter, TreeScore
 from coterie.nn.zero_cost import MaskWeights, ZeroCostExperts
@@ -94,11 +96,13 @@ __all__ = [
     "Residual",
     "Router",
     "Routing",
+    "SequenceGate",
     "SequenceRouter",
     "SimilarityAffinity",
     "StabilityTracker",
     "SwiGLU",
     "SwiGLUExperts",
+    "TargetPooling",
     "Threshold",
     "TopK",
     "TopP",
@@ -107,10 +111,12 @@ __all__ = [
     "ZeroCostExperts",
     "balance",
     "curvatures",
+    "drop_elements",
     "fluctuation",
     "parameters_per_expert",
     "permutation_entropy",
     "robust_momentum",
+    "router_contrast",
     "spectral_radius",
     "stability_limit",
     "switch_router",

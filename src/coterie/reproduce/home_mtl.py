@@ -156,8 +156,8 @@ CLAIMS = [
         "the self gate is worth at least 0.002 AUC on sparse tasks",
         lambda arms: arms["home"]["sparse AUC"] - arms["home-no-self-gate"]["sparse AUC"],
         at_least=0.002,
-        note="From seed to seed this varies by 0.008, so that even ten seeds leave an error of 0.003. With other "
-        "draws of the same generator it was 0.0007 on seeds 0 to 2 and 0.0036 on seeds 3 to 12.",
+        note="From seed to seed this varies by 0.008, so that even ten seeds leave an error of 0.003. With "
+        "other draws of the same generator it was 0.0007 on seeds 0 to 2 and 0.0036 on seeds 3 to 12.",
     ),
 ]
 
