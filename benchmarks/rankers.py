@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
     log = read_table(options.data).sort_values("timestamp", kind="stable", ignore_index=True)
-    console = Console()
+    console = Console(width=150)  # wide enough also where the output goes to a file
     results = {
         "multi-task": repeat(LAYOUTS, lambda *a: multi_task(log, *a, options.epochs), options.seeds),
         "history": repeat(RANKERS, lambda *a: history(log, *a, options.epochs), options.seeds),

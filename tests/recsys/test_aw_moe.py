@@ -26,7 +26,7 @@ def log(users=40, rows=24, seed=0):
 
 
 def ranker(**options):
-    return AWMoERanker(**({"epochs": 25, "lr": 1e-2, "batch_size": 128, "history": 8} | options))
+    return AWMoERanker(**({"epochs": 15, "lr": 1e-2, "batch_size": 128, "history": 8} | options))
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,12 @@ def test_no_prediction_depends_on_what_is_logged_at_its_time_or_later(fitted):
         fitted.predict_proba(now, since=rows), fitted.predict_proba(now, since=shuffled)
     )
     assert not np.array_equal(fitted.predict_proba(now, since=rows), fitted.predict_proba(now))
+
+
+def test_rows_that_were_fitted_on_do_not_count_twice(fitted):
+    history, _ = fitted.encode(log())
+    again, _ = fitted.encode(log(), since=log())
+    assert torch.equal(again, history)
 
 
 def test_a_saved_ranker_predicts_the_same_bit_for_bit(fitted, tmp_path):

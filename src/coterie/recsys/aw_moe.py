@@ -68,7 +68,7 @@ class AWMoE(nn.Module):
             nn.Linear(embedding + features, item_dim), nn.ReLU(), nn.Linear(item_dim, item_dim)
         )
         self.pooling = TargetPooling(item_dim)
-        width = 2 * item_dim + 1
+        width = 2 * item_dim
         self.experts = NormalizedExperts(self.n_experts, width, expert_hidden, norm=False, activation="relu")
         self.score = _Readout(self.n_experts, expert_hidden)
         if gate == "attention":
@@ -79,9 +79,7 @@ class AWMoE(nn.Module):
     def forward(self, history_BM: Tensor, target_B: Tensor) -> RankerOutput:
         items_BMD, target_BD = self.encode(history_BM, target_B)
         mask_BM = history_BM > 0
-        # with its length, since a sum of few and of many may look alike
-        length_B1 = mask_BM.sum(1, keepdim=True).float().log1p()
-        x_BX = torch.cat([self.pooling(items_BMD, mask_BM, target_BD), target_BD, length_B1], 1)
+        x_BX = torch.cat([self.pooling(items_BMD, mask_BM, target_BD), target_BD], 1)
         if self.kind == "attention":
             gate_BK = self.gate(items_BMD, mask_BM, target_BD)
         elif self.kind == "softmax":

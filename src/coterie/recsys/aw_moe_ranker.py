@@ -147,6 +147,7 @@ class AWMoERanker(BaseEstimator):  # type: ignore[misc]
         Args:
             rows: user, item and time of each.
             since: what was logged after `fit`, for the histories; of each row, only what is earlier counts.
+                Rows that were fitted on may be in it again.
         """
         logits_B, _ = self._run(*self.encode(rows, since))
         probability: npt.NDArray[Any] = logits_B.sigmoid().numpy()
@@ -183,8 +184,10 @@ class AWMoERanker(BaseEstimator):  # type: ignore[misc]
         past = self._past
         if since is not None:
             check_columns(since, [self.user, self.item, self.time, self.target], "since")
-            news = self._behaviours(since)
-            past = Events(*(np.concatenate([a, b]) for a, b in zip(past, news, strict=True)))
+            both = [import_pandas().DataFrame(e._asdict()) for e in (past, self._behaviours(since))]
+            # a row of the log that was fitted on may be given once more; it happened once
+            once = import_pandas().concat(both).drop_duplicates()
+            past = Events(*(once[name].to_numpy() for name in Events._fields))
         return self._encode(rows, past)
 
     def save(self, folder: str | Path) -> Path:
