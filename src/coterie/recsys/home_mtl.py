@@ -4,7 +4,6 @@ Source: Wang et al. 2025, "HoME: Hierarchy of Multi-Gate Experts for Multi-Task 
 2025, arXiv 2408.05430).
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from coterie.data import TableEncoder, Vocabulary, check_columns, import_pandas
 from coterie.models import load_estimator, save_estimator
+from coterie.recsys.labels import as_frame, binary_labels
 from coterie.recsys.metrics import masked_bce
 from coterie.recsys.multi_task import LevelOutput, MultiTaskMoE, Preset, expert_health
 from coterie.recsys.training import train_epochs
@@ -93,9 +93,9 @@ class MultiTaskMoEClassifier(BaseEstimator):  # type: ignore[misc]
             ValueError: labels of another kind or for other rows (column and row are named), a task without a
                 category or a category without a task, a column that is missing.
         """
-        frame, labels = _frame(X), _frame(Y)
+        frame, labels = as_frame(X), as_frame(Y)
         self.tasks_ = [str(task) for task in labels.columns]
-        labels_TK = _labels(labels, len(frame))
+        labels_TK = binary_labels(labels, len(frame))
         categories = self._categories()
         check_columns(frame, self.ids)
         self._features = frame.columns.drop([*self.ids])
@@ -123,7 +123,7 @@ class MultiTaskMoEClassifier(BaseEstimator):  # type: ignore[misc]
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float32]:
         """Probability of each behaviour [rows, tasks]. ValueError for columns that are missing."""
-        ids_TI, features_TD = self._encode(_frame(X))
+        ids_TI, features_TD = self._encode(as_frame(X))
         with torch.no_grad():
             parts = [self.model_(*batch)[0] for batch in _batches(ids_TI, features_TD)]
         probability: npt.NDArray[np.float32] = torch.cat(parts).sigmoid().numpy()
@@ -139,7 +139,7 @@ class MultiTaskMoEClassifier(BaseEstimator):  # type: ignore[misc]
         Columns: level; expert; zero_fraction, of its outputs; std of its outputs; share_GATE, how much of its
         gate weight comes from each gate; monopolised_by, the gate with over 0.9 of it where several reach it.
         """
-        ids_TI, features_TD = self._encode(_frame(X))
+        ids_TI, features_TD = self._encode(as_frame(X))
         with torch.no_grad():
             batches = [self.model_.features(*batch) for batch in _batches(ids_TI, features_TD)]
         rows = []
@@ -280,30 +280,3 @@ def _batches(*columns: Tensor, rows: int = 4096) -> list[tuple[Tensor, ...]]:
 
 def _expert_names(bank_of: Sequence[str]) -> list[str]:
     return [f"{bank} {bank_of[:place].count(bank) + 1}" for place, bank in enumerate(bank_of)]
-
-
-def _frame(table: Any) -> "pd.DataFrame":
-    pd = import_pandas()
-    frame = table.copy(deep=False) if isinstance(table, pd.DataFrame) else pd.DataFrame(table)
-    frame.columns = [str(name) for name in frame.columns]
-    return frame
-
-
-def _labels(labels: "pd.DataFrame", rows: int) -> Tensor:
-    if len(labels) != rows or not len(labels.columns):
-        raise ValueError(
-            f"{len(labels)} rows and {len(labels.columns)} columns of labels for {rows} rows; "
-            "give one column per task, NaN where it has no label"
-        )
-    for name in labels.columns:
-        column = import_pandas().to_numeric(labels[name], errors="coerce")
-        wrong = ((column.isna() & labels[name].notna()) | (column.notna() & ~column.isin([0, 1]))).to_numpy()
-        if wrong.any():
-            row = int(wrong.argmax())
-            raise ValueError(
-                f"label column {name!r}, row {labels.index[row]}: {labels[name].tolist()[row]!r}; "
-                "should be 0, 1 or missing"
-            )
-        if column.nunique() < 2:
-            warnings.warn(f"all labels of {name!r} are alike; there is nothing to learn", stacklevel=3)
-    return torch.tensor(labels.astype(float).to_numpy(dtype=np.float32, na_value=np.nan))
