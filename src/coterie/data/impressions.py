@@ -8,12 +8,9 @@ from numpy.typing import ArrayLike
 
 
 class Events(NamedTuple):
-    """Rows of a log: who, what, when. Arrays of one length.
+    """Rows of a log, as arrays of one length.
 
-    Args:
-        users: comparable values.
-        items: numbers of `Vocabulary`; 0 for an unknown one.
-        times: numbers.
+    `users` are comparable values, `items` numbers of `Vocabulary` (0 for an unknown one), `times` numbers.
     """
 
     users: ArrayLike

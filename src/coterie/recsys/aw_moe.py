@@ -138,7 +138,8 @@ def ranking_loss(
 
     Args:
         model: with an "attention" gate, if contrastive is above 0.
-        history_BM, target_B: numbers of items.
+        history_BM: numbers of items, 0 for none.
+        target_B: the candidates' numbers.
         label_B: 0 or 1.
         user_B: numbers of users; examples of one user are no negatives of each other.
         contrastive: weight λ of InfoNCE.

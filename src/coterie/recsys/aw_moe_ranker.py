@@ -33,7 +33,10 @@ class AWMoERanker(BaseEstimator):  # type: ignore[misc]
     had a positive outcome with at an earlier time; nothing from its own time or later is looked at.
 
     Args:
-        user, item, time, target: names of the log's columns.
+        user: the log's column of users.
+        item: its column of items.
+        time: its column of times, which are numbers.
+        target: its column of outcomes.
         threshold: outcomes of at least this are positive: 4 for ratings up to 5, 1 for clicks.
         history: the latest positive items that are read.
         n_experts: K.
