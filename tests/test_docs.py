@@ -32,6 +32,7 @@ def test_every_public_name_is_in_the_reference():
     import coterie.longitudinal
     import coterie.models
     import coterie.nn
+    import coterie.recsys
     import coterie.shrink
     import coterie.stream
     import coterie.tabular
@@ -48,6 +49,7 @@ def test_every_public_name_is_in_the_reference():
         coterie.hf,
         coterie.shrink,
         coterie.tabular,
+        coterie.recsys,
         coterie.stream,
         coterie.finance,
         coterie.forecast,

@@ -6,7 +6,9 @@ from coterie.data.decisions import COMPAS_FEATURES, MORTGAGE_FEATURES, compas, m
 from coterie.data.domain_markov import domain_markov
 from coterie.data.drift import DriftStream, led_drift, rbf_drift, sea_drift
 from coterie.data.files import Span, find_text, split_by_file, stdlib_sources
+from coterie.data.ids import Vocabulary
 from coterie.data.images import digits, read_digits
+from coterie.data.impressions import Events, histories
 from coterie.data.panel import daily_features, forward_return, panel_frame, robust_zscore_by_day
 from coterie.data.panel_windows import PanelWindows, Split, purged_splits
 from coterie.data.stream import read_stream, records, stream_chunks
@@ -22,11 +24,13 @@ __all__ = [
     "ByteCorpus",
     "ByteWindows",
     "DriftStream",
+    "Events",
     "PanelWindows",
     "ShuffledBatches",
     "Span",
     "Split",
     "TableEncoder",
+    "Vocabulary",
     "attack_tokens",
     "byte_tokenizer",
     "check_columns",
@@ -37,6 +41,7 @@ __all__ = [
     "domain_markov",
     "find_text",
     "forward_return",
+    "histories",
     "import_pandas",
     "led_drift",
     "mortgages",

@@ -3,6 +3,7 @@
 from coterie.nn import balance
 from coterie.nn.affinity import AttentionAffinity, SimilarityAffinity
 from coterie.nn.attention import AttentionHeads
+from coterie.nn.contrast import drop_elements, router_contrast
 from coterie.nn.cost import parameters_per_expert
 from coterie.nn.depth import (
     AdamResidual,
@@ -13,12 +14,15 @@ from coterie.nn.depth import (
     robust_momentum,
 )
 from coterie.nn.experts import ConcatExperts, Experts, LinearExperts, MLPExperts, ModuleExperts, SwiGLUExperts
+from coterie.nn.feature_gate import FeatureGate
 from coterie.nn.group_attention import GroupAttention, GroupAttentionExperts
 from coterie.nn.grow import append_experts, bias_for_share, hold_experts, keep_experts
+from coterie.nn.health import ExpertHealth
 from coterie.nn.mix_tokens import MixTokens
 from coterie.nn.moe import MLP, Gated, MoE, SwiGLU
 from coterie.nn.monitor import Monitor, StabilityTracker, expert_overlap, fluctuation
-from coterie.nn.multi_gate import MultiGateMoE
+from coterie.nn.multi_gate import MaskedGates, MultiGateMoE
+from coterie.nn.normalized_experts import NormalizedExperts
 from coterie.nn.permutation import LearnedPermutation, PermuteLabels, permutation_entropy
 from coterie.nn.routers import (
     AnyRouter,
@@ -45,6 +49,7 @@ from coterie.nn.score import (
     RemapScores,
 )
 from coterie.nn.select import Dense, ExpertChoice, Threshold, TopK, TopP
+from coterie.nn.set_attention import SequenceGate, TargetPooling
 from coterie.nn.spectrum import curvatures, spectral_radius, stability_limit
 from coterie.nn.trees import DSelectKScore, TreeRouter, TreeScore
 from coterie.nn.zero_cost import MaskWeights, ZeroCostExperts
@@ -61,7 +66,9 @@ __all__ = [
     "Dense",
     "DepthState",
     "ExpertChoice",
+    "ExpertHealth",
     "Experts",
+    "FeatureGate",
     "Gated",
     "GroupAttention",
     "GroupAttentionExperts",
@@ -77,6 +84,7 @@ __all__ = [
     "MaskExperts",
     "MaskSlots",
     "MaskWeights",
+    "MaskedGates",
     "MixTokens",
     "MoE",
     "ModuleExperts",
@@ -84,6 +92,7 @@ __all__ = [
     "Monitor",
     "MultiGateMoE",
     "NoisyTopK",
+    "NormalizedExperts",
     "PermuteExperts",
     "PermuteLabels",
     "PlainResidual",
@@ -94,11 +103,13 @@ __all__ = [
     "Residual",
     "Router",
     "Routing",
+    "SequenceGate",
     "SequenceRouter",
     "SimilarityAffinity",
     "StabilityTracker",
     "SwiGLU",
     "SwiGLUExperts",
+    "TargetPooling",
     "Threshold",
     "TopK",
     "TopP",
@@ -109,6 +120,7 @@ __all__ = [
     "balance",
     "bias_for_share",
     "curvatures",
+    "drop_elements",
     "expert_overlap",
     "fluctuation",
     "hold_experts",
@@ -116,6 +128,7 @@ __all__ = [
     "parameters_per_expert",
     "permutation_entropy",
     "robust_momentum",
+    "router_contrast",
     "spectral_radius",
     "stability_limit",
     "switch_router",

@@ -1,0 +1,53 @@
+"""Identifiers of users, items and the like as small whole numbers."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from coterie.data.tables import import_pandas
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Vocabulary:
+    """Numbers the values of a column from 1; 0 stands for one that is missing, rare, or seen later only.
+
+    7, 7.0 and "7" are one value: a column of whole numbers turns into floats where one is missing.
+
+    Args:
+        min_count: rarer values get 0, and so train what an unseen one is given.
+
+    >>> vocabulary = Vocabulary(min_count=2).fit(import_pandas().Series([7, 8, 7, None]))
+    >>> vocabulary.encode(import_pandas().Series(["7", "8", "9"])).tolist(), len(vocabulary)
+    ([1, 0, 0], 2)
+    """
+
+    def __init__(self, *, min_count: int = 1) -> None:
+        self.min_count = min_count
+        self.values: list[str] = []
+
+    def fit(self, column: "pd.Series[Any]") -> "Vocabulary":
+        """Learns the values, in the order of their text."""
+        counts = as_texts(column).value_counts()
+        self.values = sorted(counts.index[counts >= self.min_count])
+        return self
+
+    def encode(self, column: "pd.Series[Any]") -> npt.NDArray[np.int64]:
+        """int64 [rows], 0 … len(self) - 1."""
+        numbers = {value: number for number, value in enumerate(self.values, 1)}
+        codes: npt.NDArray[np.int64] = np.array(as_texts(column).map(numbers).fillna(0), dtype=np.int64)
+        return codes
+
+    def __len__(self) -> int:
+        """Numbers in use, 0 included."""
+        return len(self.values) + 1
+
+
+def as_texts(column: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Values as texts, None where missing: 7, 7.0 and "7" are "7"."""
+    pd = import_pandas()
+    codes, values = pd.factorize(column)  # NaN gets -1
+    texts = [str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in values]
+    return pd.Series(np.array([*texts, None], dtype=object)[codes], index=column.index, dtype=object)
