@@ -10,8 +10,8 @@ from tiny_models import grouped, mixtral
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from coterie import cli
-from coterie.hf import find_moe_blocks, load
-from coterie.shrink import bytes_on_disk, load_packed, perplexity, rounding, save_packed
+from coterie.hf import bytes_on_disk, find_moe_blocks, load
+from coterie.shrink import load_packed, perplexity, rounding, save_packed
 from coterie.shrink import quantize_checkpoint as quantizing
 from coterie.shrink.calibrate import batches, held_out, read_text
 from coterie.shrink.quantize_block import CLIPPING, SEARCH, quantize_block

@@ -9,7 +9,7 @@ from coterie.hf.load import check_files, load, outline
 from coterie.hf.record import BlockRecord, recording
 from coterie.hf.rewrite import Writer, rewriting, save_pruned
 from coterie.hf.routings import route
-from coterie.hf.save import check_expressible, save
+from coterie.hf.save import bytes_on_disk, check_expressible, save
 from coterie.hf.stream import stream_layers, stream_records
 from coterie.hf.tensors import ExpertTensors, RouterTensors, pack, unpack
 
@@ -23,6 +23,7 @@ __all__ = [
     "RouterTensors",
     "Writer",
     "block_layout",
+    "bytes_on_disk",
     "calibration_ids",
     "check_expressible",
     "check_files",

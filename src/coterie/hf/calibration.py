@@ -37,6 +37,12 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def read_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase | None:
+    """The checkpoint's tokenizer, or None if it has none."""
+    known = any((Path(folder) / name).is_file() for name in VOCABULARIES)
+    return load_tokenizer(folder) if known else None
+
+
 def holds_ids(path: Path | str) -> bool:
     """Whether a calibration file holds ids instead of text."""
     return Path(path).suffix in (".pt", ".safetensors")

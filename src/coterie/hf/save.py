@@ -89,3 +89,8 @@ def check_output(folder: Path, source: str) -> None:
         raise ValueError(f"{folder} is the folder the model came from; choose another for the output")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; choose a new folder or remove it first")
+
+
+def bytes_on_disk(folder: Path | str) -> int:
+    """Of a model's safetensors files."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

@@ -8,7 +8,7 @@ from coterie.shrink.importance import IMPORTANCE, gating, importance, kept_exper
 from coterie.shrink.knapsack import cheapest_choices
 from coterie.shrink.mask import load_mask, save_mask
 from coterie.shrink.mc_sharp import ExpertStatistics, allocate_bits, expert_statistics
-from coterie.shrink.measure import Sizes, bytes_on_disk, interleaved_speed, perplexity, sizes
+from coterie.shrink.measure import Sizes, interleaved_speed, perplexity, sizes
 from coterie.shrink.merge import m_smoe
 from coterie.shrink.packed_blocks import PackedExperts, pack_block
 from coterie.shrink.packed_checkpoint import load_packed, save_packed
@@ -59,7 +59,6 @@ __all__ = [
     "awq",
     "balance_sigma",
     "block_inputs",
-    "bytes_on_disk",
     "cheapest_choices",
     "choose",
     "dern",

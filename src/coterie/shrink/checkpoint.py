@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from coterie.hf import BlockRecord, MoEBlock, check_expressible, find_moe_blocks, load, outline, save
 from coterie.hf.blocks import Snapshot
-from coterie.hf.calibration import VOCABULARIES, load_tokenizer
-from coterie.hf.save import Format, check_output
+from coterie.hf.calibration import read_tokenizer
+from coterie.hf.progress import Show, showing
+from coterie.hf.save import Format, bytes_on_disk, check_output
 from coterie.shrink.calibrate import (
     batches,
     calibrated,
@@ -29,9 +30,8 @@ from coterie.shrink.calibrate import (
 from coterie.shrink.dern import dern
 from coterie.shrink.importance import gating, mixed
 from coterie.shrink.mask import save_mask
-from coterie.shrink.measure import bytes_on_disk, interleaved_speed, perplexity, sizes
+from coterie.shrink.measure import interleaved_speed, perplexity, sizes
 from coterie.shrink.merge import m_smoe
-from coterie.shrink.progress import Show, showing
 from coterie.shrink.prune import METHODS, OUTPUT_ERROR, check_keep, choose, restored
 from coterie.shrink.result import Measured, Shrunk
 from coterie.shrink.streamed import Edit, edit_streamed
@@ -362,8 +362,3 @@ def _measure(
         largest = max(heldout, key=Tensor.numel)
         speeds = interleaved_speed(model, partial(restored, blocks, smaller), largest)
         shrunk.before.speed, shrunk.after.speed = speeds
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer, or None if it has none."""
-    return load_tokenizer(folder) if any((folder / name).is_file() for name in VOCABULARIES) else None

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,11 +47,6 @@ def sizes(model: PreTrainedModel, blocks: Sequence[MoEBlock], keep: int | None =
             t[0].numel() for t in vars(block.experts).values() if t is not None
         )
     return Sizes(total, active, memory)
-
-
-def bytes_on_disk(folder: Path | str) -> int:
-    """Of a model's safetensors files."""
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
 @torch.no_grad()

@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coterie.hf import Checkpoint, MoEBlock, find_moe_blocks, load, outline, rewriting, stream_layers
-from coterie.hf.save import PACKED, check_output
+from coterie.hf.calibration import read_tokenizer
+from coterie.hf.progress import Show, showing
+from coterie.hf.save import PACKED, bytes_on_disk, check_output
 from coterie.shrink.calibrate import (
     batches,
     check_vocabulary,
@@ -25,11 +27,9 @@ from coterie.shrink.calibrate import (
     kept_folder,
     read_text,
 )
-from coterie.shrink.checkpoint import read_tokenizer
-from coterie.shrink.measure import bytes_on_disk, interleaved_speed, perplexity
+from coterie.shrink.measure import interleaved_speed, perplexity
 from coterie.shrink.packed_blocks import bank_name, place_bank, placed
 from coterie.shrink.packed_checkpoint import bank_layout, layouts_text, save_packed
-from coterie.shrink.progress import Show, showing
 from coterie.shrink.rounding import MC_SHARP, BlockRounding
 from coterie.shrink.routed import block_inputs, caught_inputs
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from coterie.hf import find_moe_blocks, load, outline
+from coterie.hf.calibration import read_tokenizer
+from coterie.hf.progress import showing
 from coterie.shrink.calibrate import batches
-from coterie.shrink.checkpoint import read_tokenizer
-from coterie.shrink.progress import showing
 from coterie.shrink.self_text import ebss, self_sample
 from coterie.shrink.usage import balance_sigma, expert_usage
 

@@ -25,11 +25,10 @@ from coterie.hf import (
     route,
     save,
 )
-from coterie.hf.save import check_output
+from coterie.hf.calibration import read_tokenizer
+from coterie.hf.progress import Show, showing
+from coterie.hf.save import bytes_on_disk, check_output
 from coterie.nn import Routing, expert_overlap
-from coterie.shrink.checkpoint import read_tokenizer
-from coterie.shrink.measure import bytes_on_disk
-from coterie.shrink.progress import Show, showing
 from coterie.tune.attribute import attribute_experts
 from coterie.tune.batch import Batch
 from coterie.tune.losses import METHODS
