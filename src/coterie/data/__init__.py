@@ -11,6 +11,7 @@ from coterie.data.images import digits, read_digits
 from coterie.data.impressions import Events, histories
 from coterie.data.panel import daily_features, forward_return, panel_frame, robust_zscore_by_day
 from coterie.data.panel_windows import PanelWindows, Split, purged_splits
+from coterie.data.progress import counted, progress_shown
 from coterie.data.stream import read_stream, records, stream_chunks
 from coterie.data.tables import TableEncoder, check_columns, import_pandas, read_table, table_chunks
 from coterie.data.text import ByteCorpus, ByteWindows
@@ -36,6 +37,7 @@ __all__ = [
     "check_columns",
     "compas",
     "corrupt_images",
+    "counted",
     "daily_features",
     "digits",
     "domain_markov",
@@ -46,6 +48,7 @@ __all__ = [
     "led_drift",
     "mortgages",
     "panel_frame",
+    "progress_shown",
     "purged_splits",
     "rbf_drift",
     "read_digits",

@@ -33,7 +33,7 @@ def fit(data: Path, columns: Columns, options: dict[str, Any]) -> Fitted:
     target = targets.iloc[:, 0]
     if len(frame) < 20:
         raise ValueError(f"{data} has {len(frame)} rows; give at least 20")
-    options = {"verbose": True, "random_state": 0, **options}
+    options = {"random_state": 0, **options}
     classes = _is_class(target)
     model = (COMETClassifier if classes else COMETRegressor)(**options)
     several = classes and target.value_counts().min() > 1

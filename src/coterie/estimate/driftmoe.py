@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coterie.data import check_columns, import_pandas, records, stream_chunks
+from coterie.data import check_columns, counted, import_pandas, records, stream_chunks
 from coterie.estimate.columns import Columns
 from coterie.estimate.run import Fitted
 from coterie.stream import DriftMoEClassifier, PrequentialScore
@@ -38,7 +38,7 @@ def fit(data: Path, columns: Columns, options: dict[str, Any]) -> Fitted:
         raise ValueError(f"driftmoe predicts one target; {len(columns.target)} were given")
     model = DriftMoEClassifier(**{"seed": 0, **options})
     score, seconds, latest = PrequentialScore(_WINDOW), 0.0, None
-    for frame in stream_chunks(data, _ROWS):
+    for frame in counted(stream_chunks(data, _ROWS), f"chunks of {_ROWS} rows"):
         features, targets = columns.split(frame, str(data))
         latest = _check_time(frame, columns.time, latest, data)
         begun = time.perf_counter()

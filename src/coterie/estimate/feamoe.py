@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.data import check_columns, mortgages, table_chunks
+from coterie.data import check_columns, counted, mortgages, table_chunks
 from coterie.estimate import Columns, Fitted
 from coterie.tabular.fairness import fairness_report
 from coterie.tabular.feamoe import FEAMOEClassifier
@@ -43,10 +43,10 @@ def fit(data: Path, columns: Columns, options: dict[str, Any]) -> Fitted:
                 scored.add(*chunk)
             model.partial_fit(*chunk)
     else:
-        for number, (X, y, group) in enumerate(_chunks(data, columns, rows)):
+        for number, (X, y, group) in enumerate(counted(_chunks(data, columns, rows), "chunks")):
             kept = ~_held_out(number, len(X))
             model.partial_fit(X[kept], y[kept], None if group is None else group[kept])
-        for number, (X, y, group) in enumerate(_chunks(data, columns, rows)):
+        for number, (X, y, group) in enumerate(counted(_chunks(data, columns, rows), "chunks")):
             held = _held_out(number, len(X))
             scored.add(X[held], y[held], None if group is None else group[held])
     if not scored.rows:

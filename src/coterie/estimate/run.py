@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import yaml
 
 from coterie import __version__
-from coterie.data import import_pandas
+from coterie.data import import_pandas, progress_shown
 from coterie.estimate.columns import Columns
 from coterie.models import new_folder
 from coterie.recipe.options import options_of, read_options, suggest
@@ -78,7 +78,8 @@ def fit(
         raise ValueError(f"{data} does not exist; give a table")
     begun = time.perf_counter()
     with new_folder(out, "fit.json") as draft:
-        fitted = module.fit(Path(data), columns, options)
+        with progress_shown():
+            fitted = module.fit(Path(data), columns, options)
         seconds = time.perf_counter() - begun
         fitted.estimator.save(draft / "estimator")
         described = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from coterie.data import PanelWindows, import_pandas
+from coterie.data import PanelWindows, counted, import_pandas
 from coterie.finance.backtest import daily_ic
 from coterie.finance.losses import LOSSES, standardised
 from coterie.nn import Routing, balance
@@ -88,7 +88,7 @@ def train_by_day(
     history, optimizer = Epochs(days_skipped=len(train) - len(days)), torch.optim.Adam(model.parameters(), lr)
     generator = torch.Generator().manual_seed(seed)
     best_ic, best = -math.inf, copy.deepcopy(model.state_dict())
-    for epoch in range(epochs):
+    for epoch in counted(range(epochs), "epochs"):
         model.train()
         total = 0.0
         for place in torch.randperm(len(days), generator=generator).tolist():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from coterie.data import counted
 from coterie.forecast.network import SMETimes
 from coterie.nn import balance
 
@@ -56,7 +57,7 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=lr)
     steps, done, trained, kept = epochs * math.ceil(count / batch_size), 0, Trained(), model.trained()
-    for epoch in range(epochs):
+    for epoch in counted(range(epochs), "epochs"):
         model.train()
         total = 0.0
         for rows in torch.split(torch.randperm(count, generator=generator), batch_size):

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from coterie.data import counted
 from coterie.longitudinal.covariates import terms_of
 from coterie.longitudinal.curves import CURVES, Curve
 from coterie.longitudinal.estimation import maximize_by_em, maximize_directly
@@ -68,7 +69,7 @@ def fit_mixture(
     maximize = {"lbfgs": maximize_directly, "em": maximize_by_em}[method]
     best, starts = None, []
     tries = n_init if num_classes > 1 else 1
-    for start in range(tries):
+    for start in counted(range(tries), "starts"):
         model = GrowthMixture(
             curve,
             num_classes,

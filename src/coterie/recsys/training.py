@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from coterie.data import counted
+
 
 def train_epochs(
     model: nn.Module,
@@ -40,7 +42,7 @@ def train_epochs(
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     model.train()
     losses = []
-    for _ in range(epochs):
+    for _ in counted(range(epochs), "epochs"):
         order, total = torch.randperm(rows, generator=generator), torch.zeros(())
         starts = list(range(0, rows, batch_size))
         if len(starts) > 1 and rows - starts[-1] == 1:

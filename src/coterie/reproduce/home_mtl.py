@@ -158,8 +158,8 @@ CLAIMS = [
         lambda arms: arms["home"]["sparse AUC"] - arms["home-no-self-gate"]["sparse AUC"],
         at_least=0.002,
         note="Undecided: from seed to seed this varies by 0.008, so that even ten seeds leave an error of "
-        "0.003. With other draws of the same generator it was 0.0007 on seeds 0 to 2 and 0.0036 on seeds 3 to "
-        "12; the move from three seeds to ten came after that.",
+        "0.003. With other draws of the same generator it was 0.0007 on seeds 0 to 2 and 0.0036 on seeds 3 "
+        "to 12; the move from three seeds to ten came after that.",
     ),
 ]
 

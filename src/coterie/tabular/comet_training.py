@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from coterie.data import counted
 from coterie.nn import LearnedPermutation, MoE, balance, permutation_entropy
 
 _PERMUTATION_ENTROPY = 1e-4  # ζ of the paper
@@ -26,7 +27,6 @@ def train(
     entropy: float,
     patience: int | None,
     seed: int,
-    verbose: bool,
 ) -> tuple[int, list[float]]:
     """AdamW over shuffled epochs, in place.
 
@@ -39,14 +39,11 @@ def train(
         patience: epochs without a better loss on a held-out tenth, after which training stops and the best
             weights come back; None, and with fewer than 100 rows, for all epochs on all rows.
         seed: of the split and of the order.
-        verbose: show a bar.
 
     Returns: epochs run, and the loss after each: held-out where rows are held out, else of training.
 
     Raises ValueError when the loss is no longer finite.
     """
-    from rich.progress import track
-
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x_TD), generator=generator)
     held = order[: len(x_TD) // 10] if patience is not None and len(x_TD) >= 100 else order[:0]
@@ -55,7 +52,7 @@ def train(
     adam = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
     curve: list[float] = []
     best, best_state, since, searched = math.inf, None, 0, max(epochs // 10, 1)
-    for epoch in track(range(epochs), "COMET", transient=True, disable=not verbose):
+    for epoch in counted(range(epochs), "epochs"):
         _search(permutations, epoch / searched)
         total = 0.0
         shuffled = rows[torch.randperm(len(rows), generator=generator)]

@@ -48,7 +48,6 @@ class _COMET(BaseEstimator):  # type: ignore[misc]
         weight_decay: float = 1e-4,
         early_stopping: bool = True,
         patience: int = 10,
-        verbose: bool = False,
         random_state: int | None = None,
     ) -> None:
         self.num_experts = num_experts
@@ -63,7 +62,6 @@ class _COMET(BaseEstimator):  # type: ignore[misc]
         self.weight_decay = weight_decay
         self.early_stopping = early_stopping
         self.patience = patience
-        self.verbose = verbose
         self.random_state = random_state
 
     def experts_of(self, X: Any) -> npt.NDArray[np.float32]:
@@ -132,7 +130,6 @@ class _COMET(BaseEstimator):  # type: ignore[misc]
                 entropy=self.entropy,
                 patience=self.patience if self.early_stopping else None,
                 seed=seed,
-                verbose=self.verbose,
             )
         self._model.eval()
         used_TE = self._route(X).weights_TE
@@ -219,7 +216,6 @@ class COMETRegressor(RegressorMixin, _COMET):  # type: ignore[misc]
         early_stopping: hold a tenth of the rows out, stop when they get no better for `patience` epochs, and
             keep the best weights. Only with 100 rows and more; otherwise all epochs are run.
         patience: epochs.
-        verbose: show a progress bar.
         random_state: an int gives the same result every time.
 
     X is a numeric array without missing values, or a pandas frame, whose text columns become categories,
