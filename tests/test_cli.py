@@ -67,3 +67,14 @@ def test_doctor_exits_with_1_when_the_environment_names_no_kernel():
 def test_every_public_name_of_the_package_resolves():
     for name in coterie.__all__:
         assert getattr(coterie, name) is not None
+
+
+def test_an_extra_lacks_what_the_extras_it_is_made_of_lack(monkeypatch):
+    from coterie import doctor
+
+    requirements = ["one ; extra == 'a'", "coterie[a]>=0 ; extra == 'b'", "torch>=2 ; extra == 'b'", "two"]
+    monkeypatch.setattr(doctor, "requires", lambda package: requirements)
+    assert doctor._extras() == {
+        "a": "lacks one: pip install 'coterie[a]'",
+        "b": "lacks one: pip install 'coterie[b]'",
+    }

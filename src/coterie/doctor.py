@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
@@ -85,16 +86,26 @@ def _version(package: str) -> str | None:
 def _extras() -> dict[str, str]:
     """For each extra of the package: installed, or the packages it lacks."""
     missing: dict[str, list[str]] = {}
+    within: dict[str, list[str]] = {}  # extras that an extra is made of
     for requirement in requires("coterie") or []:
         spec, _, marker = requirement.partition(";")
         if "extra ==" not in marker:
             continue
         extra = marker.split("extra ==")[1].strip(" '\")")
-        name = spec.split("[")[0].split(">")[0].split("=")[0].split("<")[0].strip()
+        name = re.split(r"[\[<>=! ]", spec)[0]
         missing.setdefault(extra, [])
-        if name != "coterie" and _version(name) is None and importlib.util.find_spec(name) is None:
+        if name == "coterie":
+            within.setdefault(extra, []).extend(re.findall(r"\[(.*)\]", spec)[0].split(","))
+        elif _version(name) is None and importlib.util.find_spec(name) is None:
             missing[extra].append(name)
+
+    def lacked(extra: str) -> list[str]:
+        inner = [name for part in within.get(extra, []) for name in lacked(part)]
+        return sorted({*missing.get(extra, []), *inner})
+
     return {
-        extra: f"lacks {', '.join(names)}: pip install 'coterie[{extra}]'" if names else "installed"
-        for extra, names in missing.items()
+        extra: f"lacks {', '.join(lacked(extra))}: pip install 'coterie[{extra}]'"
+        if lacked(extra)
+        else "installed"
+        for extra in missing
     }
