@@ -44,9 +44,13 @@ def coterie(monkeypatch, capsys):
 def test_what_is_written_reads_back_and_is_what_was_measured(coterie, checkpoint, texts, tmp_path):
     out = tmp_path / "small"
     arguments = ["--bits", 2.25, "--calib", texts[0], "--out", out, "--group-size", 32, "--json"]
-    status, printed, err = coterie("quantize", checkpoint, *arguments)
+    status, printed, err = coterie("quantize", checkpoint, *arguments, "--report")
     assert status == 0, err
     done = json.loads(printed)
+    page = (out / "report.html").read_text()
+    assert "2.25 bits per expert, by mc-sharp" in page
+    for bits in done["bits"].values():
+        assert "".join(map(str, bits)) in page
     assert done["average_bits"] == 2.25
     assert {b for widths in done["bits"].values() for b in widths} == {1, 2, 3}
     assert done["disk"] == [bytes_on_disk(checkpoint), bytes_on_disk(out)]

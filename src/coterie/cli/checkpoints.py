@@ -236,6 +236,7 @@ def quantize(
         ),
     ] = False,
     out: _Out = None,
+    report: _Report = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print which bits would be chosen; write nothing.")
     ] = False,
@@ -251,7 +252,7 @@ def quantize(
     The new folder is read by coterie.shrink.load_packed. Run it again after an interruption and it goes on
     after the last block that was done.
     """
-    from coterie.report.quantized import print_quantized
+    from coterie.report.quantized import print_quantized, write_quantized_page
     from coterie.shrink.quantize_checkpoint import quantize_checkpoint
 
     try:
@@ -273,6 +274,8 @@ def quantize(
     except KeyboardInterrupt:
         typer.echo("coterie: interrupted; the same command goes on with what is left", err=True)
         raise typer.Exit(130) from None
+    if report and quantized.out is not None:
+        write_quantized_page(Path(quantized.out) / "report.html", quantized)
     if json:
         import json as json_format
 

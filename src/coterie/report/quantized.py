@@ -1,8 +1,11 @@
-"""What `coterie quantize` and `coterie calib` say on the terminal."""
+"""What `coterie quantize` and `coterie calib` say: on the terminal, and of quantize as a page."""
 
+import os
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from coterie.report.paper import PaperPage, Table, write_paper_page
 from coterie.report.tables import format_bytes, format_count, format_number, format_rate, print_table
 
 if TYPE_CHECKING:
@@ -10,31 +13,43 @@ if TYPE_CHECKING:
     from coterie.shrink.self_calibration import Written
 
 
+_BITS = ["layer", "average", "experts by bits", "each expert"]
+
+
 def print_quantized(quantized: "Quantized") -> None:
     """Prints the bits of each layer's experts, and one table of before and after."""
-    layers = [
-        [layer, format_number(sum(bits) / len(bits)), _counts(bits), "".join(map(str, bits))]
-        for layer, bits in quantized.bits.items()
-    ]
-    print_table("Bits", ["layer", "average", "experts by bits", "each expert"], layers)
+    print_table("Bits", _BITS, _bits(quantized))
     print()
     dry = quantized.out is None
-    rows = [
-        ["on disk", *map(format_bytes, quantized.disk)],
-        ["in memory", *map(format_bytes, quantized.memory)],
-        ["routed experts", *map(format_bytes, quantized.expert_bytes)],
-        ["bits per expert weight, with scales", *_stored(quantized)],
-    ]
-    if quantized.perplexity is not None:
-        rows.append(["perplexity on held-out text", *(format_number(p, 3) for p in quantized.perplexity)])
-    if quantized.speed is not None:
-        rows.append(["tokens/s", *map(format_rate, quantized.speed)])
-    title = f"{format_number(quantized.average_bits())} bits per expert, by {quantized.method}"
-    print_table(title, ["", "before", "computed after" if dry else "after"], rows)
+    print_table(_title(quantized), ["", "before", "computed after" if dry else "after"], _rows(quantized))
     if dry:
         print("\nThis was a dry run: nothing was written, and no loss was measured.")
     else:
         print(f"\nwritten to {quantized.out}; coterie.shrink.load_packed reads it")
+
+
+def write_quantized_page(path: str | os.PathLike[str], quantized: "Quantized") -> Path:
+    """Writes the same as one self-contained HTML file; returns its path."""
+    page = PaperPage(
+        title=f"{Path(quantized.source).name}, in fewer bits",
+        kicker=f"coterie, {quantized.method}",
+        headline=_title(quantized),
+        lead=["The loss is that on the text it was measured on. Test it on what it will be used for."],
+        claims=[],
+        tables=[
+            Table("Before and after", ["", "before", "after"], _rows(quantized)),
+            Table("Bits of the experts", _BITS, _bits(quantized)),
+        ],
+        measured_note=f"Perplexity is on {quantized.heldout_tokens} tokens that were not calibrated on; "
+        "speed is of forward passes on this machine, the two models by turns."
+        if quantized.perplexity is not None
+        else "Streamed, one layer at a time: perplexity and speed were not measured.",
+        provenance={
+            "checkpoint": quantized.source,
+            "calibration": f"{quantized.calibration_tokens} tokens",
+        },
+    )
+    return write_paper_page(path, page)
 
 
 def print_written(written: "Written") -> None:
@@ -56,3 +71,28 @@ def _counts(bits: list[int]) -> str:
 
 def _stored(quantized: "Quantized") -> list[str]:
     return [format_number(8 * size / quantized.expert_weights) for size in quantized.expert_bytes]
+
+
+def _title(quantized: "Quantized") -> str:
+    return f"{format_number(quantized.average_bits())} bits per expert, by {quantized.method}"
+
+
+def _rows(quantized: "Quantized") -> list[list[str]]:
+    rows = [
+        ["on disk", *map(format_bytes, quantized.disk)],
+        ["in memory", *map(format_bytes, quantized.memory)],
+        ["routed experts", *map(format_bytes, quantized.expert_bytes)],
+        ["bits per expert weight, with scales", *_stored(quantized)],
+    ]
+    if quantized.perplexity is not None:
+        rows.append(["perplexity on held-out text", *(format_number(p, 3) for p in quantized.perplexity)])
+    if quantized.speed is not None:
+        rows.append(["tokens/s", *map(format_rate, quantized.speed)])
+    return rows
+
+
+def _bits(quantized: "Quantized") -> list[list[str]]:
+    return [
+        [layer, format_number(sum(bits) / len(bits)), _counts(bits), "".join(map(str, bits))]
+        for layer, bits in quantized.bits.items()
+    ]
