@@ -1,4 +1,4 @@
-"""COMET's estimators beside scikit-learn's MLP, with as many parameters, and gradient boosting.
+"""COMET's and FEAMOE's estimators beside scikit-learn's MLP, with as many parameters, and gradient boosting.
 
     python -m benchmarks.tabular [--quick] [--json FILE]
 
@@ -35,7 +35,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from coterie.models import count_parameters
-from coterie.tabular import COMETClassifier, COMETRegressor
+from coterie.tabular import COMETClassifier, COMETRegressor, FEAMOEClassifier
 
 
 def main() -> None:
@@ -103,8 +103,26 @@ def measure(name: str, x: Any, y: Any, classes: bool, split: int) -> list[dict[s
             fitted = mlp[-1] if classes else mlp[-1].regressor_
             epochs, size = fitted.n_iter_, sum(w.size for w in [*fitted.coefs_, *fitted.intercepts_])
         rows.append(row(name, method, model, taken, x_test, y_test, size, epochs))
+    if outputs == 1 and classes:
+        rows += measure_feamoe(name, x_train, y_train, x_test, y_test, split)
     rows[0]["experts per row"] = float((comet.experts_of(x_test) > 1e-5).sum(1).mean())
     return rows
+
+
+def measure_feamoe(name: str, x: Any, y: Any, x_test: Any, y_test: Any, split: int) -> list[dict[str, Any]]:
+    """FEAMOE without a penalty, and an MLP of as many parameters."""
+    feamoe = FEAMOEClassifier(fairness=None, random_state=split)
+    seconds = clock(feamoe, x, y)
+    parameters = count_parameters(feamoe._learner.mixture.model)
+    width = max(round((parameters - 1) / (x.shape[1] + 2)), 1)
+    network = MLPClassifier(hidden_layer_sizes=(width,), random_state=split)
+    mlp = make_pipeline(StandardScaler(), network)
+    taken = clock(mlp, x, y)
+    size = sum(w.size for w in [*network.coefs_, *network.intercepts_])
+    return [
+        row(name, "FEAMOE", feamoe, seconds, x_test, y_test, parameters, None),
+        row(name, "MLP of FEAMOE's size", mlp, taken, x_test, y_test, size, network.n_iter_),
+    ]
 
 
 def clock(model: Any, x: Any, y: Any) -> float:
@@ -139,9 +157,12 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             found[key] = float(np.mean(values)) if values else None
         summary.append(found)
     for line in summary:
-        if line["method"] == "COMET":
-            [mlp] = [o for o in summary if o["table"] == line["table"] and o["method"] == "MLP"]
-            line["seconds over MLP"] = line["seconds"] / mlp["seconds"]
+        beside = {"COMET": "MLP", "FEAMOE": "MLP of FEAMOE's size"}.get(line["method"])
+        if beside is None:
+            continue
+        [mlp] = [o for o in summary if o["table"] == line["table"] and o["method"] == beside]
+        line["seconds over MLP"] = line["seconds"] / mlp["seconds"]
+        if line["epochs"]:
             per_epoch = (line["seconds"] / line["epochs"]) / (mlp["seconds"] / mlp["epochs"])
             line["seconds per epoch over MLP"] = per_epoch
     return summary
