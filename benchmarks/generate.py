@@ -28,6 +28,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import coterie.hf  # noqa: F401  registers the experts implementation
 from benchmarks.llama_cpp_peer import LlamaCpp, missing, write_gguf
+from coterie.kernels import native
 
 IMPLEMENTATIONS = ("coterie", "eager", "grouped_mm", "batched_mm")
 RATIOS = {
@@ -55,6 +56,8 @@ def main() -> None:
         model = decoder().to(dtype)
         parameters = sum(p.numel() for p in model.parameters())
         rows += measure(model, prefill, decode, rounds, options.threads)
+        with torch.inference_mode():
+            print(f"{dtype}: {share_in_kernel(model, decode):.0%} of decoding is in our kernel")
     for row in rows:
         row |= {"parameters": parameters, "threads": options.threads}
     print_table(rows)
@@ -112,6 +115,13 @@ def measure(model: Qwen3MoeForCausalLM, prefill: int, decode: int, rounds: int, 
         }
         for name, (first, rest) in medians.items()
     ]
+
+
+def share_in_kernel(model: Qwen3MoeForCausalLM, decode: int) -> float:
+    """Of the time of decoding with our experts, how much is spent in their kernel."""
+    ids = torch.randint(3, model.config.vocab_size, (1, 16))
+    run_transformers(model, "coterie", ids, decode)  # warm
+    return 1 - native.profile(lambda: run_transformers(model, "coterie", ids, decode))["everything else"]
 
 
 def run_transformers(model: Qwen3MoeForCausalLM, name: str, ids: Tensor, decode: int) -> tuple[float, float]:
