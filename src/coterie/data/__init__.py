@@ -16,6 +16,7 @@ from coterie.data.stream import read_stream, records, stream_chunks
 from coterie.data.tables import TableEncoder, check_columns, import_pandas, read_table, table_chunks
 from coterie.data.text import ByteCorpus, ByteWindows
 from coterie.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, byte_tokenizer
+from coterie.data.whole import written_whole
 
 __all__ = [
     "COMPAS_FEATURES",
@@ -62,4 +63,5 @@ __all__ = [
     "stream_chunks",
     "table_chunks",
     "whole_batches",
+    "written_whole",
 ]

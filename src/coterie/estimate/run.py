@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import yaml
 
 from coterie import __version__
-from coterie.data import import_pandas, progress_shown
+from coterie.data import import_pandas, progress_shown, written_whole
 from coterie.estimate.columns import Columns
 from coterie.models import new_folder
 from coterie.recipe.options import options_of, read_options, suggest
@@ -130,9 +130,7 @@ def _write(frames: "Iterator[pd.DataFrame]", out: Path | None) -> int:
         return rows
     if out.suffix not in (".csv", ".parquet"):
         raise ValueError(f"{out} ends in {out.suffix!r}; give a .csv or .parquet file for the predictions")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.partial")
-    try:
+    with written_whole(out) as draft:
         if out.suffix == ".parquet":
             table = import_pandas().concat(list(frames), ignore_index=True)
             table.to_parquet(draft, index=False)
@@ -142,9 +140,6 @@ def _write(frames: "Iterator[pd.DataFrame]", out: Path | None) -> int:
                 for frame in frames:
                     frame.to_csv(file, index=False, header=rows == 0)
                     rows += len(frame)
-        draft.replace(out)
-    finally:
-        draft.unlink(missing_ok=True)
     return rows
 
 

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from coterie.data import written_whole
 from coterie.forecast.backbone import Backbone
 
 Prompt = Literal["stats", "time", "none"]
@@ -155,13 +156,12 @@ class PromptEncoder:
         return self._kept(self.cache / f"{digest.hexdigest()[:32]}.safetensors", len(starts_S), compute)
 
     def _kept(self, file: Path, rows: int, compute: Callable[[], Tensor]) -> Tensor:
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            draft = file.with_suffix(".partial")
-            described = {"backbone": self.backbone.name, "digest": self.backbone.digest}
-            save_file({"prompts": compute().contiguous()}, draft, metadata=described)
-            draft.replace(file)
         prompts_SD: Tensor
+        if not file.is_file():
+            described = {"backbone": self.backbone.name, "digest": self.backbone.digest}
+            prompts_SD = compute()
+            with written_whole(file) as draft:
+                save_file({"prompts": prompts_SD.contiguous()}, draft, metadata=described)
         with safe_open(file, "pt") as opened:  # memory-mapped: read when used
             described, prompts_SD = opened.metadata() or {}, opened.get_tensor("prompts")
         if described.get("digest") != self.backbone.digest or prompts_SD.shape != (rows, self.backbone.dim):

@@ -1,13 +1,13 @@
 """Saving an edited model: for plain transformers, or with one expert count per layer."""
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 from transformers import PreTrainedModel
 
+from coterie.data import written_whole
 from coterie.hf.blocks import MoEBlock, find_moe_blocks
 from coterie.hf.layout import FIELDS
 
@@ -35,13 +35,10 @@ def save(model: PreTrainedModel, folder: Path | str, format: Format = "transform
     blocks = find_moe_blocks(model)
     if format == "transformers":
         check_expressible(blocks, [block.num_experts for block in blocks])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        whole = Path(temporary) / folder.name
+    with written_whole(folder) as whole:
         model.save_pretrained(whole)
         if format == "coterie":
             (whole / MANIFEST).write_text(manifest(blocks))
-        whole.replace(folder)
 
 
 def manifest(blocks: Sequence[MoEBlock]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from coterie.data import written_whole
 
 _VERSION = 1
 
@@ -29,16 +30,11 @@ def new_folder(folder: str | Path, marker: str) -> Iterator[Path]:
         raise ValueError(f"{folder} is a file; give a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).exists():
         raise ValueError(f"{folder} holds something else (no {marker}); give an empty or a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        draft.chmod(0o755)
+    with written_whole(folder) as draft:
+        draft.mkdir()
         yield draft
         if folder.exists():
             shutil.rmtree(folder)
-        draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def save_estimator(
@@ -82,7 +78,7 @@ def load_estimator(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[
 
     Raises ValueError: no such folder, another kind of estimator, or a newer format.
 
-    >>> import torch
+    >>> import tempfile, torch
     >>> folder = tempfile.mkdtemp()
     >>> weights = {"m": torch.ones(3)}
     >>> _ = save_estimator(folder, "Mean", parameters={"k": 2}, learnt={"mean": 1}, tensors=weights)

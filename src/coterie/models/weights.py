@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from coterie.data import written_whole
+
 
 def save_weights(model: nn.Module, file: str | Path) -> Path:
     """Writes parameters and buffers; what is tied is stored once, under its first name.
@@ -24,13 +26,8 @@ def save_weights(model: nn.Module, file: str | Path) -> Path:
     8
     """
     file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        save_file({name: t.detach().contiguous() for name, t in _stored(model).items()}, partial)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(file) as draft:
+        save_file({name: t.detach().contiguous() for name, t in _stored(model).items()}, draft)
     return file
 
 

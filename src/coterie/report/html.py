@@ -1,9 +1,9 @@
 """What every page shares: templates that escape, and files that appear whole or not at all."""
 
-import os
 from pathlib import Path
 from typing import Any
 
+from coterie.data import written_whole
 from coterie.report.attraction import show
 from coterie.report.tables import format_number
 
@@ -27,10 +27,5 @@ def fill_template(name: str, **content: Any) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file under another name first; folders above it are created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_whole(path) as draft:
         draft.write_text(text, "utf-8", newline="\n")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -2,11 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from coterie.data import written_whole
 from coterie.report.plots import expert_colours
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def draw_usage(usage: Mapping[str, Sequence[float]], file: str | Path, *, title: str = "") -> Path:
@@ -71,12 +76,7 @@ def draw_gate(weights_GE: ArrayLike, groups: Sequence[str], file: str | Path, *,
     return _save(figure, Path(file))
 
 
-def _save(figure: "object", file: Path) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{file.stem}.partial{file.suffix}")
-    try:
-        figure.savefig(draft, dpi=130)  # type: ignore[attr-defined]
-        draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)
+def _save(figure: "Figure", file: Path) -> Path:
+    with written_whole(file) as draft:
+        figure.savefig(draft, dpi=130)
     return file

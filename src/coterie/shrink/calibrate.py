@@ -2,9 +2,7 @@
 
 import hashlib
 import itertools
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from coterie.data import written_whole
 from coterie.hf import BlockRecord, MoEBlock, recording
 from coterie.hf.calibration import chat_tokenizer, documents
 
@@ -182,10 +181,8 @@ def _count_within(sequences: Sequence[Sequence[int]], max_tokens: int) -> int:
 
 def _write(file: Path, records: Sequence[BlockRecord]) -> None:
     tensors = {f"{i}.{name}": getattr(r, name) for i, r in enumerate(records) for name in _TENSORS}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as draft:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, Path(draft) / "batch")
-        os.replace(Path(draft) / "batch", file)
+    with written_whole(file) as draft:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, draft)
 
 
 def _read(file: Path, blocks: Sequence[MoEBlock]) -> list[BlockRecord]:

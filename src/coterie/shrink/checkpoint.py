@@ -1,7 +1,5 @@
 """A checkpoint on disk, made smaller for the domains of some text: from checks to the new folder."""
 
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +9,7 @@ from typing import Any, cast, get_args
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from coterie.data import written_whole
 from coterie.hf import BlockRecord, MoEBlock, check_expressible, find_moe_blocks, load, outline, save
 from coterie.hf.blocks import Snapshot
 from coterie.hf.calibration import read_tokenizer
@@ -329,16 +328,13 @@ class _Job:
         tokenizer: Any,
         out: Path,
     ) -> None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-            draft = Path(temporary) / out.name
+        with written_whole(out) as draft:
             save(model, draft, cast(Format, self.format))
             if tokenizer is not None:
                 tokenizer.save_pretrained(draft)
             with restored(blocks, whole):
                 _write_mask(shrunk, blocks, draft)
             shrunk.after.disk = bytes_on_disk(draft)
-            os.replace(draft, out)
         shrunk.out = str(out)
 
 

@@ -1,8 +1,6 @@
 """Packed experts on disk: whole models, by `save_packed` and `load_packed`, and single banks."""
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from coterie.data import written_whole
 from coterie.hf import MoEBlock, check_files
 from coterie.hf.load import model_class
 from coterie.hf.save import MANIFEST, PACKED, check_output, manifest
@@ -41,13 +40,10 @@ def save_packed(model: PreTrainedModel, blocks: Sequence[MoEBlock], folder: Path
     }
     if not layouts:
         raise ValueError(f"no block of {type(model).__name__} is packed; coterie.hf.save writes it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        whole = Path(temporary) / folder.name
+    with written_whole(folder) as whole:
         model.save_pretrained(whole)
         (whole / MANIFEST).write_text(manifest(blocks))
         (whole / PACKED).write_text(layouts_text(layouts))
-        whole.replace(folder)
 
 
 def load_packed(folder: Path | str, **options: Any) -> PreTrainedModel:
@@ -88,11 +84,9 @@ def load_packed(folder: Path | str, **options: Any) -> PreTrainedModel:
 
 def save_bank(bank: QuantizedExperts, file: Path) -> None:
     """Writes one packed bank to a file of its own, which appears whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as draft:
+    with written_whole(file) as draft:
         tensors = {name: t.contiguous() for name, t in bank.state_dict().items()}
-        save_file(tensors, Path(draft) / "bank", metadata={"layout": json.dumps(bank.layout())})
-        os.replace(Path(draft) / "bank", file)
+        save_file(tensors, draft, metadata={"layout": json.dumps(bank.layout())})
 
 
 def load_bank(file: Path) -> QuantizedExperts:

@@ -3,8 +3,6 @@
 quantize_checkpoint(folder, out, method="mc-sharp", bits=2.0, calib=["text.txt"])
 """
 
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from coterie.data import written_whole
 from coterie.hf import Checkpoint, MoEBlock, find_moe_blocks, load, outline, rewriting, stream_layers
 from coterie.hf.calibration import read_tokenizer
 from coterie.hf.progress import Show, showing
@@ -270,13 +269,10 @@ def _read(
 
 
 def _write(model: PreTrainedModel, blocks: list[MoEBlock], tokenizer: Any, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        draft = Path(temporary) / out.name
+    with written_whole(out) as draft:
         save_packed(model, blocks, draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
-        os.replace(draft, out)
 
 
 def _nbytes(model: PreTrainedModel) -> int:

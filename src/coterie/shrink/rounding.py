@@ -1,13 +1,13 @@
 """What `quantize_checkpoint` does with one block, and what of it was done before an interruption."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from coterie.data import written_whole
 from coterie.hf import MoEBlock
 from coterie.kernels.packed import BITS, check_group_size
 from coterie.shrink.experts import QuantizedExperts
@@ -88,10 +88,8 @@ class BlockRounding:
         statistics = expert_statistics(block, inputs(), group_size=self.group_size)
         widths = allocate_bits(statistics, self.bits)
         if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            draft = file.with_suffix(".draft")
-            draft.write_text(json.dumps(widths))
-            os.replace(draft, file)
+            with written_whole(file) as draft:
+                draft.write_text(json.dumps(widths))
         return widths
 
     def bank(

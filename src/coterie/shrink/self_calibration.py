@@ -1,12 +1,11 @@
 """A calibration file that a checkpoint writes itself: `coterie calib`."""
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from coterie.data import written_whole
 from coterie.hf import find_moe_blocks, load, outline
 from coterie.hf.calibration import read_tokenizer
 from coterie.hf.progress import showing
@@ -105,11 +104,8 @@ def write_calibration(
         rows = text.ids_NS.tolist()
         usage = expert_usage(model, batches(rows, BATCH))
     lines = [{"input_ids": ids} | ({"text": tokenizer.decode(ids)} if tokenizer else {}) for ids in rows]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as draft:
-        whole = Path(draft) / out.name
-        whole.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
-        os.replace(whole, out)
+    with written_whole(out) as draft:
+        draft.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
     return Written(
         source=str(folder),
         out=str(out),

@@ -4,8 +4,6 @@ unlearn_checkpoint(folder, out, forget="topic.txt", retain="rest.txt", method="n
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from coterie.data import written_whole
 from coterie.hf import (
     MoEBlock,
     calibration_ids,
@@ -231,9 +230,7 @@ def _tell(show: Show, step: Step) -> None:
 
 
 def _write(done: Unlearned, model: PreTrainedModel, tokenizer: Any, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        draft = Path(temporary) / out.name
+    with written_whole(out) as draft:
         save(model, draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
@@ -241,4 +238,3 @@ def _write(done: Unlearned, model: PreTrainedModel, tokenizer: Any, out: Path) -
         done.after = replace(done.after, disk=bytes_on_disk(draft))
         done.out = str(out)
         (draft / NOTE).write_text(json.dumps(done.to_dict(), ensure_ascii=False, indent=1) + "\n", "utf-8")
-        os.replace(draft, out)
