@@ -2,7 +2,9 @@
 
 import os
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +28,27 @@ def main() -> None:
     except ValueError as error:
         typer.echo(f"coterie: {error}", err=True)
         sys.exit(2)
+
+
+LOST = "nothing was written"
+RESUMES = "the same command goes on with what is left"
+
+
+@contextmanager
+def interruptible(advice: str) -> Iterator[None]:
+    """Ctrl-C inside ends the command with exit code 130 and one line, which says what is left."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"coterie: interrupted; {advice}", err=True)
+        raise typer.Exit(130) from None
+
+
+def echo_json(value: Any) -> None:
+    """Prints a value as JSON, for `--json`."""
+    import json
+
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=1))
 
 
 def _show_version(wanted: bool) -> None:

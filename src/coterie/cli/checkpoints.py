@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coterie.cli.app import app
+from coterie.cli.app import LOST, RESUMES, app, echo_json, interruptible
 
 if TYPE_CHECKING:
     from coterie.shrink.result import Shrunk
@@ -35,12 +35,8 @@ def inspect(
     """Say what each expert of a checkpoint does with some text; one layer is in memory at a time."""
     from coterie.inspect import inspect, print_inspection, show_progress, write_page
 
-    try:
-        with show_progress() as progress:
-            found = inspect(model, text or [], tokens=tokens, chat=chat, progress=progress)
-    except KeyboardInterrupt:
-        typer.echo("coterie: interrupted; nothing was written", err=True)
-        raise typer.Exit(130) from None
+    with interruptible(LOST), show_progress() as progress:
+        found = inspect(model, text or [], tokens=tokens, chat=chat, progress=progress)
     if html:
         write_page(html, found, command="coterie " + " ".join(sys.argv[1:]))
     if json:
@@ -94,7 +90,7 @@ def calib(
     from coterie.report.quantized import print_written
     from coterie.shrink.self_calibration import write_calibration
 
-    try:
+    with interruptible(LOST):
         written = write_calibration(
             model,
             out,
@@ -107,13 +103,8 @@ def calib(
             first=first,
             seed=seed,
         )
-    except KeyboardInterrupt:
-        typer.echo("coterie: interrupted; nothing was written", err=True)
-        raise typer.Exit(130) from None
     if json:
-        import json as json_format
-
-        typer.echo(json_format.dumps(written.to_dict(), ensure_ascii=False, indent=1))
+        echo_json(written.to_dict())
     else:
         print_written(written)
 
@@ -255,7 +246,7 @@ def quantize(
     from coterie.report.quantized import print_quantized, write_quantized_page
     from coterie.shrink.quantize_checkpoint import quantize_checkpoint
 
-    try:
+    with interruptible(RESUMES):
         quantized = quantize_checkpoint(
             model,
             out,
@@ -271,15 +262,10 @@ def quantize(
             stream=stream,
             chat=chat,
         )
-    except KeyboardInterrupt:
-        typer.echo("coterie: interrupted; the same command goes on with what is left", err=True)
-        raise typer.Exit(130) from None
     if report and quantized.out is not None:
         write_quantized_page(Path(quantized.out) / "report.html", quantized)
     if json:
-        import json as json_format
-
-        typer.echo(json_format.dumps(quantized.to_dict(), ensure_ascii=False, indent=1))
+        echo_json(quantized.to_dict())
     else:
         print_quantized(quantized)
 
@@ -287,16 +273,11 @@ def quantize(
 def _shrink(run: Callable[[], "Shrunk"], report: bool, json: bool) -> None:
     from coterie.report.shrunk import print_shrunk, write_shrunk_page
 
-    try:
+    with interruptible(RESUMES):
         shrunk = run()
-    except KeyboardInterrupt:
-        typer.echo("coterie: interrupted; the same command goes on with what is left", err=True)
-        raise typer.Exit(130) from None
     if report:
         write_shrunk_page(Path(str(shrunk.out)) / "report.html", shrunk)
     if json:
-        import json as json_format
-
-        typer.echo(json_format.dumps(shrunk.to_dict(), ensure_ascii=False, indent=1))
+        echo_json(shrunk.to_dict())
     else:
         print_shrunk(shrunk)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from coterie.cli.app import app
+from coterie.cli.app import LOST, app, echo_json, interruptible
 
 
 @app.command()
@@ -31,15 +31,10 @@ def fit(
     from coterie.estimate import fit as run
 
     columns = Columns(tuple(target or ()), time, group, item, sensitive, tuple(feature or ()))
-    try:
+    with interruptible(LOST):
         described = run(system, data, out, columns, set or [])
-    except KeyboardInterrupt:
-        typer.echo("coterie: interrupted; nothing was written", err=True)
-        raise typer.Exit(130) from None
     if json:
-        import json as json_format
-
-        typer.echo(json_format.dumps(described, ensure_ascii=False, indent=1))
+        echo_json(described)
         return
     for name, value in described["report"].items():
         typer.echo(f"{name:<32}{value:.4g}" if isinstance(value, float) else f"{name:<32}{value}")
@@ -55,10 +50,7 @@ def predict(
     """Predict the rows of a table with a fitted estimator."""
     from coterie.estimate import predict as run
 
-    try:
+    with interruptible(LOST):
         rows = run(folder, data, out)
-    except KeyboardInterrupt:
-        typer.echo("coterie: interrupted; nothing was written", err=True)
-        raise typer.Exit(130) from None
     if out:
         typer.echo(f"{rows} rows written to {out}")

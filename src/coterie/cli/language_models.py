@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from coterie.cli.app import app
+from coterie.cli.app import RESUMES, app, interruptible
 
 train_app = typer.Typer(help="Train a model of your own.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
@@ -86,11 +86,8 @@ def compare(
     from coterie.recipe.compare import print_comparison
 
     read = [Recipe.read(path, [("text", text)] if text else []) for path in recipes]
-    try:
+    with interruptible(RESUMES):
         result = compare_recipes(read, equal=equal, seeds=seeds, out=out)
-    except KeyboardInterrupt:
-        typer.echo("coterie: interrupted; the same command goes on with what is left", err=True)
-        raise typer.Exit(130) from None
     if json:
         typer.echo(result.to_json())
     else:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from coterie.cli.app import app
+from coterie.cli.app import RESUMES, app, echo_json, interruptible
 
 
 @app.command()
@@ -84,8 +84,6 @@ def reproduce(
 
     Run it again after an interruption and it goes on arm by arm. Exit status 1: a claim does not hold.
     """
-    import json as json_format
-
     from coterie.reproduce.experiment import find_papers
     from coterie.reproduce.results import print_result
     from coterie.reproduce.run import reproduce
@@ -97,19 +95,16 @@ def reproduce(
     chosen = arms.split(",") if arms else []
     results = []
     for name in find_papers() if everything else [str(slug)]:
-        try:
+        with interruptible(RESUMES):
             result = reproduce(
                 name, budget=budget, seeds=seeds, first_seed=first_seed, data=data, arms=chosen, out=out
             )
-        except KeyboardInterrupt:
-            typer.echo("coterie: interrupted; the same command goes on with what is left", err=True)
-            raise typer.Exit(130) from None
         results.append(result)
         if not json:
             print_result(result)
             typer.echo(f"report      {out / name}.html\nresults     {out / name}.json\n")
     if json:
         summaries = [result.summary() for result in results]
-        typer.echo(json_format.dumps(summaries if everything else summaries[0], ensure_ascii=False, indent=1))
+        echo_json(summaries if everything else summaries[0])
     if not all(result.holds for result in results):
         raise typer.Exit(1)

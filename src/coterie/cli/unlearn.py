@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from coterie.cli.app import app
+from coterie.cli.app import LOST, app, echo_json, interruptible
 
 
 @app.command()
@@ -55,7 +55,7 @@ def unlearn(
     from coterie.report.unlearned import print_unlearned, write_unlearned_page
     from coterie.tune.checkpoint import unlearn_checkpoint
 
-    try:
+    with interruptible(LOST):
         done = unlearn_checkpoint(
             model,
             out,
@@ -73,14 +73,9 @@ def unlearn(
             dry_run=dry_run,
             seed=seed,
         )
-    except KeyboardInterrupt:
-        typer.echo("coterie: interrupted; nothing was written", err=True)
-        raise typer.Exit(130) from None
     if report and done.out is not None:
         write_unlearned_page(Path(done.out) / "report.html", done)
     if json:
-        import json as json_format
-
-        typer.echo(json_format.dumps(done.to_dict(), ensure_ascii=False, indent=1))
+        echo_json(done.to_dict())
     else:
         print_unlearned(done)

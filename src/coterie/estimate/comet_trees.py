@@ -9,7 +9,7 @@ import numpy as np
 from coterie.data import check_columns, read_table, table_chunks
 from coterie.estimate.columns import Columns
 from coterie.estimate.run import Fitted
-from coterie.models import load_estimator
+from coterie.models import estimator_kind
 from coterie.tabular import COMETClassifier, COMETRegressor
 
 if TYPE_CHECKING:
@@ -59,13 +59,13 @@ def fit(data: Path, columns: Columns, options: dict[str, Any]) -> Fitted:
 
 def predict(folder: Path, data: Path, columns: Columns) -> "Iterator[pd.DataFrame]":
     """The prediction, and each class's probability where there are classes."""
-    kind = "COMETClassifier" if _is_classifier(folder) else "COMETRegressor"
-    model = (COMETClassifier if kind == "COMETClassifier" else COMETRegressor).load(folder)
+    classes = estimator_kind(folder) == "COMETClassifier"
+    model = (COMETClassifier if classes else COMETRegressor).load(folder)
     for frame in table_chunks(data, 50_000):
         check_columns(frame, model.feature_names_in_.tolist(), str(data))
         features = frame[model.feature_names_in_.tolist()]
         predicted = features[[]].assign(**{columns.target[0]: model.predict(features)})
-        if kind == "COMETClassifier":
+        if classes:
             for name, probability in zip(model.classes_, model.predict_proba(features).T, strict=True):
                 predicted[f"probability of {name}"] = probability
         yield predicted
@@ -74,14 +74,6 @@ def predict(folder: Path, data: Path, columns: Columns) -> "Iterator[pd.DataFram
 def _is_class(target: "pd.Series[Any]") -> bool:
     whole = target.dtype.kind in "iub" or (target.dtype.kind == "f" and bool((target % 1 == 0).all()))
     return target.dtype.kind not in "iuf" or (whole and target.nunique() <= _CLASSES)
-
-
-def _is_classifier(folder: Path) -> bool:
-    try:
-        load_estimator(folder, "COMETClassifier")
-    except ValueError:
-        return False
-    return True
 
 
 def _classes_report(model: COMETClassifier, rows: Any, y: Any) -> dict[str, float | int | str]:

@@ -5,7 +5,7 @@ from coterie.models.checkpoint import from_transformers, load_pretrained, save_p
 from coterie.models.decoder import Cache, Decoder, DecoderConfig
 from coterie.models.encoder import Encoder
 from coterie.models.generate import generate
-from coterie.models.saved import load_estimator, new_folder, save_estimator
+from coterie.models.saved import estimator_kind, load_estimator, new_folder, save_estimator
 from coterie.models.tying import count_parameters, tie_depth, tied_modules
 from coterie.models.vit import ViT, ViTConfig
 from coterie.models.weights import load_weights, save_weights
@@ -19,6 +19,7 @@ __all__ = [
     "ViTConfig",
     "active_parameters",
     "count_parameters",
+    "estimator_kind",
     "forward_flops",
     "from_transformers",
     "generate",

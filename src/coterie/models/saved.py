@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coterie.data import written_whole
 
-_VERSION = 1
+_FILE, _VERSION = "estimator.json", 1
 
 
 @contextmanager
@@ -56,16 +56,14 @@ def save_estimator(
 
     Raises ValueError when the folder holds something else, TypeError for what JSON cannot hold.
     """
-    with new_folder(folder, "estimator.json") as draft:
+    with new_folder(folder, _FILE) as draft:
         described = {
             "kind": kind,
             "version": _VERSION,
             "parameters": dict(parameters),
             "learnt": dict(learnt),
         }
-        (draft / "estimator.json").write_text(
-            json.dumps(described, ensure_ascii=False, indent=1) + "\n", "utf-8"
-        )
+        (draft / _FILE).write_text(json.dumps(described, ensure_ascii=False, indent=1) + "\n", "utf-8")
         save_file(
             {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()},
             draft / "weights.safetensors",
@@ -88,19 +86,32 @@ def load_estimator(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[
     Traceback (most recent call last):
     ValueError: ... holds a Mean; Median cannot read it
     """
-    file = Path(folder) / "estimator.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} holds no estimator (no estimator.json); give a folder that save wrote")
-    try:
-        described = json.loads(file.read_text("utf-8"))
-        found, version = described["kind"], described["version"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{file} is damaged; fit and save the estimator again") from None
-    if found != kind:
-        raise ValueError(f"{folder} holds a {found}; {kind} cannot read it")
-    if version > _VERSION:
-        raise ValueError(f"{file} has format {version}, this coterie reads up to {_VERSION}; upgrade coterie")
+    described = _described(folder)
+    if described["kind"] != kind:
+        raise ValueError(f"{folder} holds a {described['kind']}; {kind} cannot read it")
+    if described["version"] > _VERSION:
+        raise ValueError(
+            f"{Path(folder) / _FILE} has format {described['version']}, this coterie reads up to {_VERSION}; "
+            "upgrade coterie"
+        )
     weights = Path(folder) / "weights.safetensors"
     if not weights.is_file():
         raise ValueError(f"{folder} lacks weights.safetensors; fit and save the estimator again")
     return described["parameters"], described["learnt"], load_file(weights)
+
+
+def estimator_kind(folder: str | Path) -> str:
+    """The class of the estimator in a folder, without its weights. ValueError where there is none."""
+    return str(_described(folder)["kind"])
+
+
+def _described(folder: str | Path) -> dict[str, Any]:
+    file = Path(folder) / _FILE
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no estimator (no {_FILE}); give a folder that save wrote")
+    try:
+        described: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        described["kind"], described["version"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{file} is damaged; fit and save the estimator again") from None
+    return described

@@ -27,7 +27,7 @@ def train(
     entropy: float,
     patience: int | None,
     seed: int,
-) -> tuple[int, list[float]]:
+) -> list[float]:
     """AdamW over shuffled epochs, in place.
 
     Args:
@@ -40,7 +40,7 @@ def train(
             weights come back; None, and with fewer than 100 rows, for all epochs on all rows.
         seed: of the split and of the order.
 
-    Returns: epochs run, and the loss after each: held-out where rows are held out, else of training.
+    Returns: the loss after each epoch that was run: held-out where rows are held out, else of training.
 
     Raises ValueError when the loss is no longer finite.
     """
@@ -81,7 +81,7 @@ def train(
     _search(permutations, 1.0)
     if best_state is not None:
         model.load_state_dict(best_state)
-    return len(curve), curve
+    return curve
 
 
 @torch.no_grad()

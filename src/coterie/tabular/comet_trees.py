@@ -3,6 +3,7 @@
 Source: Ibrahim et al. 2023 (COMET, KDD 2023). The gate is `coterie.nn.TreeRouter`.
 """
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ except ModuleNotFoundError:
 _ACTIVE = 1e-5  # a smaller gate weight does not count as a use of the expert
 
 
-class _COMET(BaseEstimator):  # type: ignore[misc]
+class _COMET(BaseEstimator, ABC):  # type: ignore[misc]
     """What classifier and regressor share: everything but the loss and what comes out."""
 
     def __init__(
@@ -118,7 +119,7 @@ class _COMET(BaseEstimator):  # type: ignore[misc]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self._model = self._build(x_TD.shape[1])
-            self.n_iter_, self.loss_curve_ = train(
+            self.loss_curve_ = train(
                 self._model,
                 x_TD,
                 target_T,
@@ -131,6 +132,7 @@ class _COMET(BaseEstimator):  # type: ignore[misc]
                 patience=self.patience if self.early_stopping else None,
                 seed=seed,
             )
+        self.n_iter_ = len(self.loss_curve_)
         self._model.eval()
         used_TE = self._route(X).weights_TE
         self.expert_usage_ = used_TE.mean(0).double().numpy()
@@ -183,20 +185,25 @@ class _COMET(BaseEstimator):  # type: ignore[misc]
         routing: Routing = self._model.router(self._encode(X))
         return routing
 
+    @abstractmethod
     def _learn_target(self, y: npt.NDArray[Any]) -> Tensor:
-        raise NotImplementedError
+        """What `_loss` compares outputs with [rows]; keeps what turns them back."""
 
+    @abstractmethod
     def _outputs(self) -> int:
-        raise NotImplementedError
+        """How many numbers an expert gives."""
 
+    @abstractmethod
     def _learnt(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """What else `save` writes."""
 
+    @abstractmethod
     def _restore(self, learnt: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Takes back what `_learnt` gave."""
 
+    @abstractmethod
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Mean loss."""
 
 
 class COMETRegressor(RegressorMixin, _COMET):  # type: ignore[misc]
