@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import coterie
 from coterie.doctor import examine
 
@@ -78,3 +80,24 @@ def test_an_extra_lacks_what_the_extras_it_is_made_of_lack(monkeypatch):
         "a": "lacks one: pip install 'coterie[a]'",
         "b": "lacks one: pip install 'coterie[b]'",
     }
+
+
+def test_a_missing_extra_is_one_line_and_a_missing_module_of_ours_is_not_hidden(monkeypatch, capsys):
+    from coterie.cli import main
+
+    def failing(error):
+        def run():
+            raise error
+
+        return run
+
+    module = sys.modules[main.__module__]
+    missing = ModuleNotFoundError("streams need river; install it with: pip install 'coterie[stream]'")
+    monkeypatch.setattr(module, "app", failing(missing))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"coterie: {missing}\n"
+    monkeypatch.setattr(module, "app", failing(ModuleNotFoundError("No module named 'coterie.gone'")))
+    with pytest.raises(ModuleNotFoundError, match=r"coterie\.gone"):
+        main()

@@ -28,6 +28,11 @@ def main() -> None:
     except ValueError as error:
         typer.echo(f"coterie: {error}", err=True)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        if "pip install 'coterie[" not in str(error):  # not an extra, but a fault of ours
+            raise
+        typer.echo(f"coterie: {error}", err=True)
+        sys.exit(2)
 
 
 LOST = "nothing was written"

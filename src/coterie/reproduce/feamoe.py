@@ -24,18 +24,20 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from coterie.data import TableEncoder, compas, mortgages, read_table
+from coterie.data import TableEncoder, compas, import_pandas, mortgages, read_table
 from coterie.reproduce import Budget, Card, Claim, Plot, Values
 from coterie.tabular import FEAMOEClassifier, burden_gap, demographic_parity_gap, equalized_odds_gap
 from coterie.tabular.attribution import enumerated_shapley
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CARD = Card(
     slug="feamoe",
@@ -55,7 +57,7 @@ SEEDS = 5
 
 @dataclass(frozen=True)
 class Chunk:
-    X: pd.DataFrame
+    X: "pd.DataFrame"
     y: NDArray[Any]
     group: NDArray[Any]
 
@@ -274,11 +276,12 @@ def steps(budget: Budget) -> int:
     return {"smoke": 5, "standard": 150, "full": 600}[budget]
 
 
-def named(x: NDArray[Any]) -> pd.DataFrame:
-    return pd.DataFrame(x, columns=[f"x{j}" for j in range(1, x.shape[1] + 1)])
+def named(x: NDArray[Any]) -> "pd.DataFrame":
+    frame: pd.DataFrame = import_pandas().DataFrame(x)
+    return frame.set_axis([f"x{j}" for j in range(1, x.shape[1] + 1)], axis=1)
 
 
-def normal_frame(seed: int, rows: int, columns: int) -> pd.DataFrame:
+def normal_frame(seed: int, rows: int, columns: int) -> "pd.DataFrame":
     return named(np.random.default_rng(seed).standard_normal((rows, columns)))
 
 
@@ -289,7 +292,7 @@ def fitted(seed: int, budget: Budget, columns: int) -> FEAMOEClassifier:
     return FEAMOEClassifier(fairness=None, n_iter=steps(budget), random_state=seed).fit(X, y)
 
 
-def by_definition(model: FEAMOEClassifier, X: pd.DataFrame) -> NDArray[np.float64]:
+def by_definition(model: FEAMOEClassifier, X: "pd.DataFrame") -> NDArray[np.float64]:
     """Shapley values of each row's score by all coalitions, the gate held at its value for that row."""
     x_TD, gate_TE = torch.from_numpy(model.encode(X)), torch.from_numpy(model.gate_weights(X))
     coef_ED, intercept_E = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
