@@ -5,7 +5,8 @@
 
 Every contender computes the same experts (Qwen3-MoE's) from the same routing, in turn within each round; a
 row keeps their medians. One that is ten times slower than the quickest in the first round stands with that
-time. st-moe-pytorch has experts and a gate of its own, of the same sizes, and takes part in float32 when
+time. "prepacked" is ours with weights that are kept packed (`coterie.kernels.prepacked`), forward only.
+st-moe-pytorch has experts and a gate of its own, of the same sizes, and takes part in float32 when
 it is installed; the ratio is to the best of transformers. The floor of a row is the larger of FLOPs/peak and
 bytes/bandwidth, both measured at the start of the same run. With --profile, a second table says what ours
 spends its time on, as shares of all threads' time.
@@ -27,7 +28,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import coterie.hf  # noqa: F401  registers the experts implementation
-from coterie.kernels import native
+from coterie.kernels import Prepacked, native, prepacked
 
 # name: experts E, experts per token K, width D, hidden F
 SHAPES = {
@@ -36,6 +37,9 @@ SHAPES = {
     "128×384 top-8": (128, 8, 1024, 384),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PREPACKED = "prepacked"
+KEPT = ("prepacked_ratio_to_best_peer", "prepacked_share_of_floor")
+WIDTH = 180  # of the tables
 PEERS = ("eager", "grouped_mm", "batched_mm")
 HOPELESS = 10  # times slower than the quickest in the first round: not called again, that time stands
 BATCHED_LIMIT = 2 << 30  # bytes: batched_mm copies the weights of every (token, expert) pair
@@ -122,6 +126,8 @@ class Layer:
             return run
 
         contenders = {name: experts(name) for name in ("coterie", *PEERS)}
+        if not backward:
+            contenders[PREPACKED] = kept_packed(contenders["coterie"])
         if tokens * self.slots * 3 * self.dim * self.hidden * x.element_size() > BATCHED_LIMIT:
             del contenders["batched_mm"]
         if self.st_moe is not None:
@@ -180,7 +186,7 @@ class Layer:
         if kind != "forward":  # gradients of rows and weights; weights read again, every gradient written
             flops, moved = 3 * flops, 2 * moved + self.experts * bank
         floor = max(flops / peak, moved / bandwidth)
-        ours = seconds["coterie"]
+        ours, kept = seconds["coterie"], seconds.get(PREPACKED)
         best = min(time for name, time in seconds.items() if name in PEERS)
         return {
             "shape": self.name,
@@ -191,10 +197,24 @@ class Layer:
             "seconds": seconds,
             "ratio_to_best_peer": best / ours,
             "share_of_floor": floor / ours,
+            "prepacked_ratio_to_best_peer": best / kept if kept else None,
+            "prepacked_share_of_floor": floor / kept if kept else None,
             "bound": "arithmetic" if flops / peak > moved / bandwidth else "memory",
             "gflops": flops / ours / 1e9,
             "gbytes_per_second": moved / ours / 1e9,
         }
+
+
+def kept_packed(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    copies = Prepacked()
+
+    def with_copies() -> Tensor:
+        with prepacked(copies):
+            return run()
+
+    for _ in range(2):  # a bank is packed at its second sight
+        with_copies()
+    return with_copies
 
 
 def st_moe_layer(
@@ -225,19 +245,33 @@ def print_row(row: dict) -> None:
     print(
         f"{row['dtype']:9} {row['shape']:14} {row['tokens']:5} {row['pass']:17} {row['threads']} threads "
         f"{row['seconds']['coterie'] * 1e3:9.2f} ms, ratio {row['ratio_to_best_peer']:.2f}, "
-        f"share {row['share_of_floor']:.2f}",
+        f"share {row['share_of_floor']:.2f}{prepacked_text(row)}",
         flush=True,
     )
 
 
+def prepacked_text(row: dict) -> str:
+    if row["prepacked_ratio_to_best_peer"] is None:
+        return ""
+    return (
+        f"; prepacked {row['seconds'][PREPACKED] * 1e3:.2f} ms, "
+        f"{row['prepacked_ratio_to_best_peer']:.2f}, {row['prepacked_share_of_floor']:.2f}"
+    )
+
+
 def print_table(rows: list[dict], floors: list[dict]) -> None:
-    console = Console()
+    console = Console(width=WIDTH)
     for floor in floors:
         console.print(
             f"floor, {floor['dtype']}, {floor['threads']} threads: {floor['flops'] / 1e9:.0f} GFLOP/s, "
             f"{floor['bandwidth'] / 1e9:.1f} GB/s read"
         )
-    names = ["coterie", *PEERS, *(["st-moe-pytorch"] if "st-moe-pytorch" in rows[0]["seconds"] else [])]
+    names = [
+        "coterie",
+        PREPACKED,
+        *PEERS,
+        *(["st-moe-pytorch"] if "st-moe-pytorch" in rows[0]["seconds"] else []),
+    ]
     table = Table(
         "experts",
         "dtype",
@@ -247,6 +281,8 @@ def print_table(rows: list[dict], floors: list[dict]) -> None:
         *[f"{n} ms" for n in names],
         "speed",
         "ratio",
+        "share",
+        "prepacked ratio",
         "share",
     )
     for row in rows:
@@ -266,6 +302,7 @@ def print_table(rows: list[dict], floors: list[dict]) -> None:
             speed,
             f"{row['ratio_to_best_peer']:.2f}",
             f"{row['share_of_floor']:.2f}",
+            *("–" if row[key] is None else f"{row[key]:.2f}" for key in KEPT),
         )
     console.print(table)
 
@@ -276,7 +313,7 @@ def print_profile(rows: list[dict]) -> None:
         shares = [f"{share:.0%}" for share in row["profile"].values()]
         place = [row["shape"], row["dtype"], str(row["tokens"]), row["pass"], str(row["threads"])]
         table.add_row(*place, f"{row['share_of_floor']:.2f}", *shares)
-    Console(width=160).print(table)
+    Console(width=WIDTH).print(table)
 
 
 def plot(rows: list[dict], path: Path) -> None:

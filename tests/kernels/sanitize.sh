@@ -34,4 +34,4 @@ for job in "${jobs[@]}"; do wait "$job"; done
 LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   COTERIE_NATIVE_LIBRARY="$PWD/$build/_native.so" \
-  "$python" -m pytest tests/kernels/test_native.py tests/kernels/test_low_bit.py -q -k "not compiles" "$@"
+  "$python" -m pytest tests/kernels/test_native.py tests/kernels/test_prepack.py tests/kernels/test_low_bit.py -q -k "not compiles" "$@"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coterie.kernels import reference, torch_backend
+from coterie.kernels import prepack, reference, torch_backend
 from coterie.kernels.dispatch import Dispatch
 from coterie.kernels.native_library import (
     DTYPES,
@@ -185,6 +185,10 @@ def _forward(
     y_TO = empty((x_TD.shape[0], w_out.shape[1]), x_TD.dtype)
     pre_NF = empty((order_N.shape[0] if save else 0, w_in.shape[1]), x_TD.dtype)
     mlp.y, mlp.pre = y_TO.data_ptr(), pre_NF.data_ptr() if save else None
+    if (copies := prepack.active()) and not save:
+        for bank, w, matrices in ((mlp.w_in, w_in, 2 if gated else 1), (mlp.w_out, w_out, 1)):
+            kept.append(copies.find(w, matrices))
+            bank.prepacked = _pointer(kept[-1])
     _check(library().coterie_forward(mlp))
     del kept
     return y_TO, pre_NF

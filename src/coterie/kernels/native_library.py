@@ -16,6 +16,9 @@ from coterie.kernels.dispatch import Dispatch
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512-bf16")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+instruction_limit = INSTRUCTION_SETS[-1]
+"""What `instruction_set` was called with last: packed weights have the order of one set."""
+
 _POOLED_BYTES = 4 << 20  # smaller blocks are recycled by malloc
 
 
@@ -30,7 +33,9 @@ def why_unavailable() -> str | None:
 
 def instruction_set(limit: str = INSTRUCTION_SETS[-1]) -> str:
     """The instruction set in use from now on: the richest this processor has, up to `limit`."""
+    global instruction_limit
     name: bytes = library().coterie_isa(INSTRUCTION_SETS.index(limit))
+    instruction_limit = limit
     return name.decode()
 
 
@@ -119,6 +124,7 @@ class Bank(ctypes.Structure):
         ("expert", ctypes.c_int64),
         ("row", ctypes.c_int64),
         ("col", ctypes.c_int64),
+        ("prepacked", ctypes.c_void_p),
     ]
 
 
@@ -160,6 +166,11 @@ def library() -> ctypes.CDLL:
     loaded.coterie_low_bit.argtypes = [ctypes.POINTER(Mlp), ctypes.POINTER(Codes)]
     loaded.coterie_low_bit.restype = ctypes.c_int
     loaded.coterie_isa.argtypes, loaded.coterie_isa.restype = [ctypes.c_int], ctypes.c_char_p
+    sizes = [ctypes.c_int64] * 4 + [ctypes.c_int32]
+    loaded.coterie_prepacked_floats.argtypes = sizes
+    loaded.coterie_prepacked_floats.restype = ctypes.c_int64
+    loaded.coterie_prepack.argtypes = [ctypes.POINTER(Bank), *sizes, ctypes.c_int32, ctypes.c_void_p]
+    loaded.coterie_prepack.restype = None
     loaded.coterie_multiply_adds.argtypes = [ctypes.c_int, ctypes.c_int]
     loaded.coterie_multiply_adds.restype = ctypes.c_double
     loaded.coterie_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]

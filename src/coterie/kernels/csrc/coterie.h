@@ -12,6 +12,7 @@ extern "C" {
 struct CoterieBank {
   const void* data;
   int64_t expert, row, col;
+  const float* prepacked;  // the same matrices as coterie_prepack leaves them, or null; read by forward alone
 };
 
 struct CoterieMlp {
@@ -55,6 +56,12 @@ struct CoterieCodes {
 int coterie_forward(const CoterieMlp* mlp);
 int coterie_backward(const CoterieMlp* mlp);
 int coterie_low_bit(const CoterieMlp* mlp, const CoterieCodes* codes);
+
+// A bank as forward reads it, in the chosen instruction set's own order: matrices · rows rows of each expert (gate,
+// then up), `cols` columns. The first call says how many floats that takes.
+int64_t coterie_prepacked_floats(int64_t experts, int64_t matrices, int64_t rows, int64_t cols, int32_t dtype);
+void coterie_prepack(const CoterieBank* bank, int64_t experts, int64_t matrices, int64_t rows, int64_t cols,
+                     int32_t dtype, int32_t threads, float* out);
 
 // Name of the instruction set in use. `limit` caps the choice (0 portable … 3 avx512-bf16).
 const char* coterie_isa(int limit);

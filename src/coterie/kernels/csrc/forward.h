@@ -33,18 +33,40 @@ struct Plan {
   ~Plan() { release(chunks), release(tokens), release(weights); }
 };
 
+// Floats of a matrix [rows, cols] in panels of its rows.
+template <class T>
+INLINE long matrix_floats(long rows, long cols) {
+  return ceil_div(rows, WIDTH) * WIDTH * units<T>(cols);
+}
+
 // A range of panels: part `i` of `parts`.
 struct Range {
   long begin, end;
   Range(long panels, long parts, long i) : begin(panels * i / parts), end(panels * (i + 1) / parts) {}
 };
 
-// Columns j·WIDTH … of a bank's product with rows: y = x·wᵀ takes forward, y = x·w takes backward.
+// Columns j·WIDTH … of a bank's product with rows: y = x·wᵀ takes forward, y = x·w takes backward. `matrix` counts
+// from the first expert's on, `rows` and `cols` are its size.
 template <class T>
-INLINE Panel<T> forward_panel(const CoterieBank& w, long expert, long first, long rows, long j) {
+INLINE Panel<T> forward_panel(const CoterieBank& w, long expert, long first, long rows, long cols, long matrix, long j) {
   const T* data = static_cast<const T*>(w.data) + expert * w.expert + (first + j * WIDTH) * w.row;
-  return {data, w.row, w.col, min(WIDTH, rows - j * WIDTH)};
+  const float* prepacked =
+      w.prepacked ? w.prepacked + matrix * matrix_floats<T>(rows, cols) + j * WIDTH * units<T>(cols) : nullptr;
+  return {data, w.row, w.col, min(WIDTH, rows - j * WIDTH), prepacked};
 }
+
+// Every matrix of a bank in panels, so that forward need not pack them. Experts have `matrices` each.
+template <class T>
+void prepack(const CoterieBank& bank, long count, long matrices, long rows, long cols, int threads, float* out) {
+  const long panels = ceil_div(rows, WIDTH);
+  auto task = [&](long t) {
+    const long matrix = t / panels, j = t % panels, first = matrix % matrices * rows;
+    float* to = out + matrix * matrix_floats<T>(rows, cols) + j * WIDTH * units<T>(cols);
+    pack_panel(forward_panel<T>(bank, matrix / matrices, first, rows, cols, 0, j), 0, cols, to, nullptr);
+  };
+  parallel(count * panels, threads, task);
+}
+
 template <class T>
 INLINE Panel<T> backward_panel(const CoterieBank& w, long expert, long cols, long j) {
   const T* data = static_cast<const T*>(w.data) + expert * w.expert + j * WIDTH * w.col;
@@ -170,8 +192,9 @@ struct Forward {
   }
 
   void in_panels(Panel<T>* panels, long expert, long j) const {
-    panels[0] = forward_panel<T>(p.w_in, expert, 0, p.hidden, j);
-    if (p.gated) panels[1] = forward_panel<T>(p.w_in, expert, p.hidden, p.hidden, j);
+    const long matrix = p.gated ? 2 * expert : expert;
+    panels[0] = forward_panel<T>(p.w_in, expert, 0, p.hidden, p.dim, matrix, j);
+    if (p.gated) panels[1] = forward_panel<T>(p.w_in, expert, p.hidden, p.hidden, p.dim, matrix + 1, j);
   }
 
   void up(long c, const Range& range) {
@@ -196,6 +219,10 @@ struct Forward {
     }
   }
 
+  Panel<T> out_panel(long expert, long j) const {
+    return forward_panel<T>(p.w_out, expert, 0, p.out, p.hidden, expert, j);
+  }
+
   void down(const Range& range) {
     auto* packed = static_cast<float*>(scratch(1, kPanelFloats * sizeof(float)));
     auto* sums = static_cast<float*>(scratch(2, kSumFloats * sizeof(float)));
@@ -205,13 +232,11 @@ struct Forward {
       const Chunk& chunk = plan.chunks[c];
       const T* bias = p.b_out ? static_cast<const T*>(p.b_out) + chunk.expert * p.out : nullptr;
       for (long j = range.begin; j < range.end; ++j) {
-        const Panel<T> panel = forward_panel<T>(p.w_out, chunk.expert, 0, p.out, j);
-        Multiply<T> job{hidden + chunk.first * units<T>(p.hidden), chunk, p.hidden, {panel}, 1, {}};
+        Multiply<T> job{hidden + chunk.first * units<T>(p.hidden), chunk, p.hidden, {out_panel(chunk.expert, j)}, 1, {}};
         const bool more = j + 1 < range.end;
         if (more || c + 1 < plan.count) {
           const long expert = more ? chunk.expert : plan.chunks[c + 1].expert;
-          prefetch_panel(job.ahead, forward_panel<T>(p.w_out, expert, 0, p.out, more ? j + 1 : range.begin),
-                         p.hidden);
+          prefetch_panel(job.ahead, out_panel(expert, more ? j + 1 : range.begin), p.hidden);
         }
         const int32_t* rows = plan.tokens + chunk.first;
         const auto expect = [&](long first, int m) { table.expect(rows + first, m, j); };

@@ -10,6 +10,9 @@ struct Isa {
   int (*forward)(const CoterieMlp&);
   int (*backward)(const CoterieMlp&);
   int (*low_bit)(const CoterieMlp&, const CoterieCodes*);
+  long (*prepacked_floats)(long experts, long matrices, long rows, long cols, int dtype);
+  void (*prepack)(const CoterieBank&, long experts, long matrices, long rows, long cols, int dtype, int threads,
+                  float* out);
   double (*multiply_adds)(int dtype, int threads);
   float (*read_memory)(const float* data, long count, int threads);
 };

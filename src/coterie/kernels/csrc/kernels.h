@@ -48,6 +48,14 @@ int run_backward(const CoterieMlp& p) { return p.dtype ? backward<bf16>(p) : bac
 int run_low_bit(const CoterieMlp& p, const CoterieCodes* codes) {
   return p.dtype ? low_bit<bf16>(p, codes) : low_bit<float>(p, codes);
 }
+long run_prepacked_floats(long experts, long matrices, long rows, long cols, int dtype) {
+  return experts * matrices * (dtype ? matrix_floats<bf16>(rows, cols) : matrix_floats<float>(rows, cols));
+}
+void run_prepack(const CoterieBank& bank, long experts, long matrices, long rows, long cols, int dtype, int threads,
+                 float* out) {
+  if (dtype) prepack<bf16>(bank, experts * matrices, matrices, rows, cols, threads, out);
+  else prepack<float>(bank, experts * matrices, matrices, rows, cols, threads, out);
+}
 double run_multiply_adds(int dtype, int threads) {
   return dtype ? multiply_adds<kPer<bf16>>(threads) : multiply_adds<1>(threads);
 }
@@ -55,6 +63,6 @@ double run_multiply_adds(int dtype, int threads) {
 }  // namespace
 
 extern const Isa KERNELS;
-const Isa KERNELS = {NAME, run_forward, run_backward, run_low_bit, run_multiply_adds, read_memory};
+const Isa KERNELS = {NAME, run_forward, run_backward, run_low_bit, run_prepacked_floats, run_prepack, run_multiply_adds, read_memory};
 
 }  // namespace coterie

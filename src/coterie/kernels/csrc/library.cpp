@@ -43,6 +43,15 @@ int coterie_low_bit(const CoterieMlp* mlp, const CoterieCodes* codes) {
   return coterie::chosen->low_bit(*mlp, codes);
 }
 
+int64_t coterie_prepacked_floats(int64_t experts, int64_t matrices, int64_t rows, int64_t cols, int32_t dtype) {
+  return coterie::chosen->prepacked_floats(experts, matrices, rows, cols, dtype);
+}
+
+void coterie_prepack(const CoterieBank* bank, int64_t experts, int64_t matrices, int64_t rows, int64_t cols,
+                     int32_t dtype, int32_t threads, float* out) {
+  coterie::chosen->prepack(*bank, experts, matrices, rows, cols, dtype, threads, out);
+}
+
 double coterie_multiply_adds(int dtype, int threads) { return coterie::chosen->multiply_adds(dtype, threads); }
 
 float coterie_read(const float* data, int64_t count, int threads) {

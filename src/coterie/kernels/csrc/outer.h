@@ -68,7 +68,7 @@ struct Outer {
           for (long j = 0; j < panels; ++j) {
             for (long u = 0; u < deep; u += DEPTH) {
               run(left + i * deep + u * tall, right + (j * deep + u) * WIDTH, min(DEPTH, deep - u),
-                  sums + i * NCOLUMNS + j * WIDTH, NCOLUMNS, r + u > 0, reinterpret_cast<const char*>(left), 0);
+                  sums + i * NCOLUMNS + j * WIDTH, NCOLUMNS, r + u > 0, reinterpret_cast<const char*>(left), 0, 0);
             }
           }
         }

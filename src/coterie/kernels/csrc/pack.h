@@ -78,10 +78,12 @@ struct Prefetch {
 };
 
 // WIDTH columns of the right operand: element (k, n) at data[n·row + k·col], `valid` of them real.
+// Where they were packed before, `prepacked` points to them: [units(k)][WIDTH].
 template <class T>
 struct Panel {
   const T* data;
   long row, col, valid;
+  const float* prepacked = nullptr;
 };
 
 // k elements of LANES rows at `rows` as [k][WIDTH] at dst.

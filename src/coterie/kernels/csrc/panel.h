@@ -8,6 +8,7 @@ struct Chunk {
 };
 
 constexpr long CHUNK = 256;            // rows: a chunk's packed tokens stay in the second-level cache
+constexpr long NEAR = 32;              // units ahead that a panel is fetched while it streams through one tile
 constexpr long BLOCK = 4 * DEPTH;      // units of k packed at a time: two panels fit beside them
 
 template <class T>
@@ -23,6 +24,7 @@ struct Multiply {
 template <class T>
 void prefetch_panel(Prefetch& ahead, const Panel<T>& panel, long k) {
   constexpr long line = 64;
+  if (panel.prepacked) return ahead.add(panel.prepacked, line, WIDTH * units<T>(k) * long{sizeof(float)} / line);
   if (panel.col == 1) {
     if (panel.row == k) ahead.add(panel.data, line, ceil_div(panel.valid * k * long{sizeof(T)}, line));
     return;
@@ -43,7 +45,8 @@ template <class T, class Begin, class Finish>
 void multiply(Multiply<T>& job, float* packed, float* sums, Begin begin, Finish finish) {
   constexpr int PER = kPer<T>;
   const long count = units<T>(job.k), tiles = job.chunk.tiles(), ldc = job.count * WIDTH;
-  if (job.chunk.rows <= FEW && job.panels[0].col == 1) {
+  const bool packed_before = job.panels[0].prepacked;
+  if (job.chunk.rows <= FEW && job.panels[0].col == 1 && !packed_before) {
     const int m = static_cast<int>(job.chunk.rows);
     begin(0, m);
     {
@@ -62,7 +65,13 @@ void multiply(Multiply<T>& job, float* packed, float* sums, Begin begin, Finish 
   }
   for (long block = 0; block < count; block += BLOCK) {
     const long last = min(count, block + BLOCK);
+    const float* b[2];
     for (int p = 0; p < job.count; ++p) {
+      b[p] = packed + p * BLOCK * WIDTH;
+      if (packed_before) {
+        b[p] = job.panels[p].prepacked + block * WIDTH;
+        continue;
+      }
       const Timed timed(kWeightsPacked);
       pack_panel(job.panels[p], block * PER, min(job.k, last * PER) - block * PER, packed + p * BLOCK * WIDTH,
                  tiles == 1 ? &job.ahead : nullptr);
@@ -79,9 +88,11 @@ void multiply(Multiply<T>& job, float* packed, float* sums, Begin begin, Finish 
           const long depth = min(DEPTH, last - u);
           const float* a = job.a + first * count + u * m;
           for (int p = 0; p < job.count; ++p) {
-            long step;
-            const char* line = job.ahead.take(depth, a, &step);
-            run(a, packed + p * BLOCK * WIDTH + (u - block) * WIDTH, depth, c + p * WIDTH, ldc, u > 0, line, step);
+            const float* panel = b[p] + (u - block) * WIDTH;
+            long step = WIDTH * sizeof(float), pair = step / 2;
+            const char* line = reinterpret_cast<const char*>(panel + NEAR * WIDTH);
+            if (!packed_before || tiles > 1) line = job.ahead.take(depth, a, &step), pair = 0;
+            run(a, panel, depth, c + p * WIDTH, ldc, u > 0, line, step, pair);
           }
         }
       }

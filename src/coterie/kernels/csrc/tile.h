@@ -14,13 +14,16 @@ INLINE V multiply_add(float a, V b, V sum) {
   return a * b + sum;
 }
 
-// c (+)= a·b for packed a [k][M] and b [k][WIDTH]; one line of memory is brought near per k.
+// c (+)= a·b for packed a [k][M] and b [k][WIDTH]; per k, one line of memory is brought near, and the one `pair`
+// bytes after it.
 template <int PER, int M>
-void tile(const float* a, const float* b, long k, float* c, long ldc, bool add, const char* ahead, long step) {
+void tile(const float* a, const float* b, long k, float* c, long ldc, bool add, const char* ahead, long step,
+          long pair) {
   V sum[M][2] = {};
   for (long i = 0; i < k; ++i) {
     const V b0 = load(b), b1 = load(b + LANES);
     __builtin_prefetch(ahead, 0, 2);
+    __builtin_prefetch(ahead + pair, 0, 2);
 #pragma GCC unroll 16
     for (int r = 0; r < M; ++r) {
       sum[r][0] = multiply_add<PER>(a[r], b0, sum[r][0]);
@@ -36,7 +39,7 @@ void tile(const float* a, const float* b, long k, float* c, long ldc, bool add, 
   }
 }
 
-using Tile = void (*)(const float*, const float*, long, float*, long, bool, const char*, long);
+using Tile = void (*)(const float*, const float*, long, float*, long, bool, const char*, long, long);
 
 template <int PER, int M = ROWS>
 INLINE Tile tile_for(int m) {
