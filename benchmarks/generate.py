@@ -5,7 +5,8 @@
 Random weights, batch 1: prefill of 512 tokens, then 64 decoded greedily. The contenders take turns within
 each round; the figures are medians. llama.cpp takes part where `llama-cpp-python` and `gguf` are installed,
 with the same weights in a GGUF file: F32 beside float32, BF16 and F16 beside bfloat16. Its last logits are
-compared with transformers' first; ours compete with it in the columns named after it.
+compared with transformers' first; ours compete with it in the columns named after it. "coterie prepacked" is
+ours with expert weights that are kept packed (`coterie.kernels.prepacked`).
 """
 
 import argparse
@@ -28,9 +29,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import coterie.hf  # noqa: F401  registers the experts implementation
 from benchmarks.llama_cpp_peer import LlamaCpp, missing, write_gguf
-from coterie.kernels import native
+from coterie.kernels import Prepacked, native, prepacked
 
-IMPLEMENTATIONS = ("coterie", "eager", "grouped_mm", "batched_mm")
+THEIRS = ("eager", "grouped_mm", "batched_mm")
+OURS = ("coterie", "coterie prepacked")
 RATIOS = {
     "prefill_ratio_to_best_peer": "prefill / best of transformers",
     "decode_ratio_to_best_peer": "decode / best",
@@ -88,30 +90,33 @@ def decoder() -> Qwen3MoeForCausalLM:
 def measure(model: Qwen3MoeForCausalLM, prefill: int, decode: int, rounds: int, threads: int) -> list[dict]:
     ids = torch.randint(3, model.config.vocab_size, (1, prefill))
     with llamas(model, ids, prefill + decode, threads) as others:
-        names = [*IMPLEMENTATIONS, *others]
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        contenders = {name: partial(run_transformers, model, name) for name in ("coterie", *THEIRS)}
+        contenders |= {"coterie prepacked": partial(run_prepacked, model, Prepacked()), **others}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
         for round_ in range(rounds + 1):  # the first is to warm up
-            for name in names:
-                run = others[name] if name in others else partial(run_transformers, model, name)
+            for name, run in contenders.items():
                 taken = run(ids, decode)
                 if round_:
                     times[name].append(taken)
     medians = {n: [statistics.median(v) for v in zip(*values, strict=True)] for n, values in times.items()}
-    theirs = [name for name in IMPLEMENTATIONS if name != "coterie"]
-    peers = [[n for n in theirs if not _too_large(n, prefill)], theirs]
-    ours = medians["coterie"]
-    ratios = [min(medians[n][i] for n in peers[i]) / ours[i] for i in range(2)]
-    llama = [min(medians[n][i] for n in others) / ours[i] if others else None for i in range(2)]
+    peers = [[n for n in THEIRS if not _too_large(n, prefill)], THEIRS]
+
+    def ratios(name: str) -> dict[str, float | None]:
+        """How many times as fast as the best of transformers, and of llama.cpp, for ours."""
+        best = [min(medians[n][i] for n in peers[i]) for i in range(2)]
+        best += [min(medians[n][i] for n in others) if others else None for i in range(2)]
+        return {
+            key: time / medians[name][i % 2] if time and name in OURS else None
+            for i, (key, time) in enumerate(zip(RATIOS, best, strict=True))
+        }
+
     return [
         {
             "implementation": name,
             "dtype": str(model.dtype).removeprefix("torch."),
             "prefill_tokens_per_second": None if _too_large(name, prefill) else prefill / first,
             "decode_tokens_per_second": decode / rest,
-            "prefill_ratio_to_best_peer": ratios[0] if name == "coterie" else None,
-            "decode_ratio_to_best_peer": ratios[1] if name == "coterie" else None,
-            "prefill_ratio_to_llama_cpp": llama[0] if name == "coterie" else None,
-            "decode_ratio_to_llama_cpp": llama[1] if name == "coterie" else None,
+            **ratios(name),
         }
         for name, (first, rest) in medians.items()
     ]
@@ -136,6 +141,13 @@ def run_transformers(model: Qwen3MoeForCausalLM, name: str, ids: Tensor, decode:
         token = out.logits[:, -1].argmax(-1, keepdim=True)
         out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
     return first, time.perf_counter() - start
+
+
+def run_prepacked(
+    model: Qwen3MoeForCausalLM, copies: Prepacked, ids: Tensor, decode: int
+) -> tuple[float, float]:
+    with prepacked(copies):
+        return run_transformers(model, "coterie", ids, decode)
 
 
 @contextmanager
@@ -192,7 +204,7 @@ def print_table(rows: list[dict]) -> None:
         numbers = [row[key] for key in ("prefill_tokens_per_second", "decode_tokens_per_second", *RATIOS)]
         shown = ["–" if n is None else f"{n:.1f}" if i < 2 else f"{n:.2f}" for i, n in enumerate(numbers)]
         table.add_row(row["implementation"], row["dtype"], *shown)
-    console = Console()
+    console = Console(width=150)
     console.print(f"{rows[0]['parameters'] / 1e6:.0f}M parameters, {rows[0]['threads']} threads")
     console.print(table)
 
