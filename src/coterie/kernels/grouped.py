@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coterie.kernels import native, reference, torch_backend
-from coterie.kernels.activations import get_activation
+from coterie.kernels.activations import ClampedSwiGLU, check_activation
 from coterie.kernels.dispatch import Dispatch
 
 
@@ -26,8 +26,9 @@ class Backend(Protocol):
         w_out: Tensor,
         b_in: Tensor | None,
         b_out: Tensor | None,
-        activation: str,
+        activation: str | ClampedSwiGLU,
         gated: bool,
+        interleaved: bool = False,
     ) -> Tensor: ...
 
 
@@ -60,8 +61,9 @@ def grouped_mlp(
     b_in: Tensor | None = None,
     b_out: Tensor | None = None,
     *,
-    activation: str = "silu",
+    activation: str | ClampedSwiGLU = "silu",
     gated: bool = True,
+    interleaved: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Every token through its chosen experts' two-layer MLPs, combined by weight.
@@ -74,8 +76,9 @@ def grouped_mlp(
         w_out: [E, O, D_hidden] with D_hidden = F.
         b_in: bias [E, F], or [E, 2F] when gated, or None.
         b_out: bias [E, O], or None.
-        activation: a name in `ACTIVATIONS`.
+        activation: a name in `ACTIVATIONS`, or a `ClampedSwiGLU` of gate and up.
         gated: hidden = act(gate) · up instead of act(up).
+        interleaved: gate and up rows of `w_in` (and of its bias) take turns.
         backend: "reference", "torch" or "native"; None takes `default_backend()`.
 
     Returns [T, O] in the dtype of `x_TD` (of autocast inside an autocast region): for each token the
@@ -83,7 +86,7 @@ def grouped_mlp(
 
     Raises ValueError for widths that do not fit, an unknown activation or backend.
     """
-    get_activation(activation)
+    check_activation(activation, gated)
     _check_shapes(x_TD, weights_TK, dispatch, w_in, w_out, gated)
     name = backend or default_backend()
     if name not in _BACKENDS:
@@ -95,7 +98,9 @@ def grouped_mlp(
         b_in = None if b_in is None else b_in.to(dtype)
         b_out = None if b_out is None else b_out.to(dtype)
     with torch.autocast(device, enabled=False):
-        return _BACKENDS[name](x_TD, weights_TK, dispatch, w_in, w_out, b_in, b_out, activation, gated)
+        return _BACKENDS[name](
+            x_TD, weights_TK, dispatch, w_in, w_out, b_in, b_out, activation, gated, interleaved
+        )
 
 
 def _choices() -> str:

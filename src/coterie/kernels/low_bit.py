@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from coterie.kernels import native_low_bit
-from coterie.kernels.activations import get_activation
+from coterie.kernels.activations import ClampedSwiGLU, check_activation
 from coterie.kernels.dispatch import Dispatch, sort_by_expert
 from coterie.kernels.grouped import available_backends, default_backend, grouped_mlp
 from coterie.kernels.packed import PackedWeight
@@ -61,7 +61,7 @@ def low_bit_mlp(
     b_in: Tensor | None = None,
     b_out: Tensor | None = None,
     *,
-    activation: str = "silu",
+    activation: str | ClampedSwiGLU = "silu",
     backend: str | None = None,
 ) -> Tensor:
     """`grouped_mlp` with packed experts: every token through its chosen experts, combined by weight.
@@ -78,7 +78,7 @@ def low_bit_mlp(
         bank: the experts.
         b_in: bias [E, F], or [E, 2F] when gated, or None; cast to the dtype of the tokens.
         b_out: bias [E, O], or None; likewise.
-        activation: a name in `ACTIVATIONS`.
+        activation: a name in `ACTIVATIONS`, or a `ClampedSwiGLU` of gate and up.
         backend: "reference", "torch" or "native"; None takes `default_backend()`.
 
     Returns [T, O] in the dtype of `x_TD` (of autocast inside an autocast region). A token without a used slot
@@ -86,7 +86,7 @@ def low_bit_mlp(
 
     Raises ValueError for widths that do not fit, an unknown activation or backend.
     """
-    get_activation(activation)
+    check_activation(activation, bank.gated)
     if x_TD.dim() != 2 or x_TD.shape[1] != bank.dim:
         raise ValueError(f"tokens have shape {tuple(x_TD.shape)}; these experts take [T, {bank.dim}]")
     if weights_TK.shape != (x_TD.shape[0], dispatch.slots) or len(dispatch.ends_E) != len(bank):
@@ -127,7 +127,7 @@ def _dequantize_and_multiply(
     bank: PackedBank,
     b_in: Tensor | None,
     b_out: Tensor | None,
-    activation: str,
+    activation: str | ClampedSwiGLU,
     backend: str,
 ) -> Tensor:
     """One expert after the other, so that no more than one is ever held in full."""

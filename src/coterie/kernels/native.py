@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from coterie.kernels import prepack, reference, torch_backend
+from coterie.kernels.activations import ClampedSwiGLU
 from coterie.kernels.dispatch import Dispatch
 from coterie.kernels.native_library import (
     DTYPES,
@@ -52,25 +53,30 @@ def grouped_mlp(
     w_out: Tensor,
     b_in: Tensor | None,
     b_out: Tensor | None,
-    activation: str,
+    activation: str | ClampedSwiGLU,
     gated: bool,
+    interleaved: bool = False,
 ) -> Tensor:
     """See `coterie.kernels.grouped_mlp`.
 
     float32 and bfloat16 (summed in float32) on a CPU, with the activations silu, gelu, gelu_tanh, relu,
-    relu2 and sigmoid. Anything else, such as float64, mixed dtypes or tanh, is computed by the torch
-    backend, and a second derivative by the reference backend: the same function, more slowly.
+    relu2 and sigmoid, and clamped SwiGLUs. Anything else, such as float64, mixed dtypes, tanh, or gradients
+    of interleaved weights, is computed by the torch backend, and a second derivative by the reference
+    backend: the same function, more slowly.
     """
     parameters = [t for t in (w_in, w_out, b_in, b_out) if t is not None]
-    if not _supported(x_TD, weights_TK, dispatch, parameters, activation):
-        return torch_backend.grouped_mlp(
-            x_TD, weights_TK, dispatch, w_in, w_out, b_in, b_out, activation, gated
-        )
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, weights_TK, *parameters))
+    lacking = interleaved and needs_grad
+    if lacking or not _supported(x_TD, weights_TK, dispatch, parameters, activation):
+        return torch_backend.grouped_mlp(
+            x_TD, weights_TK, dispatch, w_in, w_out, b_in, b_out, activation, gated, interleaved
+        )
+    if interleaved and b_in is not None:
+        b_in = torch.cat((b_in[:, ::2], b_in[:, 1::2]), 1)
     # The dispatcher costs as much as one token's experts; without autograd and tracing, go around it.
     direct = not needs_grad and not torch.compiler.is_compiling() and _plain(x_TD, w_in, w_out)
     mlp = _forward if direct else _mlp
-    code = ACTIVATIONS.index(activation)
+    code, numbers = activation_code(activation)
     y_TO: Tensor = mlp(
         x_TD,
         weights_TK,
@@ -81,17 +87,30 @@ def grouped_mlp(
         b_in,
         b_out,
         code,
+        numbers,
         gated,
+        interleaved,
         needs_grad,
     )[0]
     return y_TO
 
 
+def activation_code(activation: str | ClampedSwiGLU) -> tuple[int, list[float]]:
+    """The kernel's number of an activation, and the numbers limit, alpha and shift of a clamped gate."""
+    if isinstance(activation, ClampedSwiGLU):
+        return len(ACTIVATIONS), [activation.limit, activation.alpha, activation.shift]
+    return ACTIVATIONS.index(activation), []
+
+
 def _supported(
-    x_TD: Tensor, weights_TK: Tensor, dispatch: Dispatch, parameters: list[Tensor], activation: str
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    dispatch: Dispatch,
+    parameters: list[Tensor],
+    activation: str | ClampedSwiGLU,
 ) -> bool:
     return (
-        activation in ACTIVATIONS
+        (isinstance(activation, ClampedSwiGLU) or activation in ACTIVATIONS)
         and x_TD.dtype in DTYPES
         and weights_TK.dtype in DTYPES
         and all(t.dtype == x_TD.dtype and t.device.type == "cpu" for t in parameters)
@@ -130,7 +149,9 @@ def _problem(
     b_in: Tensor | None,
     b_out: Tensor | None,
     activation: int,
+    numbers: list[float],
     gated: bool,
+    interleaved: bool = False,
 ) -> tuple[Mlp, list[Tensor | None]]:
     """The C struct without its outputs, and the tensors it points into."""
     x_TD, w_in, w_out = _rows(x_TD), _matrices(w_in), _matrices(w_out)
@@ -148,7 +169,9 @@ def _problem(
         dtype=DTYPES[x_TD.dtype],
         activation=activation,
         gated=gated,
+        interleaved=interleaved,
         threads=torch.get_num_threads(),
+        **dict(zip(("limit", "alpha", "shift"), numbers, strict=False)),
         x=x_TD.data_ptr(),
         x_row=x_TD.stride(0),
         weights=weights_TK.data_ptr(),
@@ -177,17 +200,21 @@ def _forward(
     b_in: Tensor | None,
     b_out: Tensor | None,
     activation: int,
+    numbers: list[float],
     gated: bool,
+    interleaved: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """y_TO, and the pre-activations in expert order [N, F or 2F] (empty unless `save`)."""
-    mlp, kept = _problem(x_TD, weights_TK, order_N, ends_E, w_in, w_out, b_in, b_out, activation, gated)
+    mlp, kept = _problem(
+        x_TD, weights_TK, order_N, ends_E, w_in, w_out, b_in, b_out, activation, numbers, gated, interleaved
+    )
     y_TO = empty((x_TD.shape[0], w_out.shape[1]), x_TD.dtype)
     pre_NF = empty((order_N.shape[0] if save else 0, w_in.shape[1]), x_TD.dtype)
     mlp.y, mlp.pre = y_TO.data_ptr(), pre_NF.data_ptr() if save else None
     if (copies := prepack.active()) and not save:
         for bank, w, matrices in ((mlp.w_in, w_in, 2 if gated else 1), (mlp.w_out, w_out, 1)):
-            kept.append(copies.find(w, matrices))
+            kept.append(copies.find(w, matrices, interleaved and matrices == 2))
             bank.prepacked = _pointer(kept[-1])
     _check(library().coterie_forward(mlp))
     del kept
@@ -225,11 +252,14 @@ def _mlp_backward(
     b_in: Tensor | None,
     b_out: Tensor | None,
     activation: int,
+    numbers: list[float],
     gated: bool,
     wanted: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, weights, w_in, w_out, b_in, b_out; an empty tensor for one not wanted."""
-    mlp, kept = _problem(x_TD, weights_TK, order_N, ends_E, w_in, w_out, b_in, b_out, activation, gated)
+    mlp, kept = _problem(
+        x_TD, weights_TK, order_N, ends_E, w_in, w_out, b_in, b_out, activation, numbers, gated
+    )
     dy_TO = _rows(dy_TO)
     grads = _new_gradients(empty, (x_TD, weights_TK, w_in, w_out, b_in, b_out), wanted)
     mlp.dy, mlp.dy_row, mlp.pre = dy_TO.data_ptr(), dy_TO.stride(0), pre_NF.data_ptr()
@@ -259,7 +289,7 @@ def _new_gradients(
 
 @_mlp_backward.register_fake
 def _(dy_TO: Tensor, pre_NF: Tensor, x_TD: Tensor, weights_TK: Tensor, *rest: Any) -> list[Tensor]:
-    _, _, *matrices, _, _, wanted = rest
+    _, _, *matrices, _, _, _, wanted = rest
     grads = _new_gradients(
         lambda shape, dtype: x_TD.new_empty(shape, dtype=dtype), (x_TD, weights_TK, *matrices), wanted
     )
@@ -268,7 +298,7 @@ def _(dy_TO: Tensor, pre_NF: Tensor, x_TD: Tensor, weights_TK: Tensor, *rest: An
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.activation, ctx.gated, _ = inputs
+    *tensors, ctx.activation, ctx.numbers, ctx.gated, _, _ = inputs
     ctx.save_for_backward(output[1], *tensors)
 
 
@@ -279,8 +309,8 @@ def _backward(ctx: Any, dy_TO: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # create_graph=True: the gradients must be differentiable themselves
         grads = _differentiable_gradients(ctx, dy_TO, tensors, wanted)
     else:
-        grads = _mlp_backward(dy_TO, pre_NF, *tensors, ctx.activation, ctx.gated, wanted)
-    result: list[Tensor | None] = [None] * 11
+        grads = _mlp_backward(dy_TO, pre_NF, *tensors, ctx.activation, ctx.numbers, ctx.gated, wanted)
+    result: list[Tensor | None] = [None] * 13
     for i, grad, want in zip(positions, grads, wanted, strict=True):
         result[i] = grad if want else None
     return tuple(result)
@@ -298,7 +328,7 @@ def _differentiable_gradients(
         w_out,
         b_in,
         b_out,
-        ACTIVATIONS[ctx.activation],
+        ClampedSwiGLU(*ctx.numbers) if ctx.numbers else ACTIVATIONS[ctx.activation],
         ctx.gated,
     )
     inputs = [t for t, want in zip((x_TD, weights_TK, w_in, w_out, b_in, b_out), wanted, strict=True) if want]

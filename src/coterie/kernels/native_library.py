@@ -133,7 +133,8 @@ class Mlp(ctypes.Structure):
 
     _fields_ = [
         *[(name, ctypes.c_int64) for name in ("tokens", "slots", "experts", "dim", "hidden", "out")],
-        *[(name, ctypes.c_int32) for name in ("dtype", "activation", "gated", "threads")],
+        *[(name, ctypes.c_int32) for name in ("dtype", "activation", "gated", "interleaved", "threads")],
+        *[(name, ctypes.c_float) for name in ("limit", "alpha", "shift")],
         ("x", ctypes.c_void_p),
         ("x_row", ctypes.c_int64),
         *[(name, ctypes.c_void_p) for name in ("weights", "order", "ends")],
@@ -169,7 +170,7 @@ def library() -> ctypes.CDLL:
     sizes = [ctypes.c_int64] * 4 + [ctypes.c_int32]
     loaded.coterie_prepacked_floats.argtypes = sizes
     loaded.coterie_prepacked_floats.restype = ctypes.c_int64
-    loaded.coterie_prepack.argtypes = [ctypes.POINTER(Bank), *sizes, ctypes.c_int32, ctypes.c_void_p]
+    loaded.coterie_prepack.argtypes = [ctypes.POINTER(Bank), *sizes, *[ctypes.c_int32] * 2, ctypes.c_void_p]
     loaded.coterie_prepack.restype = None
     loaded.coterie_multiply_adds.argtypes = [ctypes.c_int, ctypes.c_int]
     loaded.coterie_multiply_adds.restype = ctypes.c_double

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from coterie.kernels.activations import ClampedSwiGLU
 from coterie.kernels.dispatch import Dispatch
-from coterie.kernels.native import ACTIVATIONS
+from coterie.kernels.native import ACTIVATIONS, activation_code
 from coterie.kernels.native_library import DTYPES, Codes, Mlp, empty, library
 from coterie.kernels.packed import PackedWeight
 
@@ -39,12 +40,12 @@ def supported(
     weights_TK: Tensor,
     dispatch: Dispatch,
     biases: Sequence[Tensor],
-    activation: str,
+    activation: str | ClampedSwiGLU,
 ) -> bool:
     """float32 and bfloat16 on a CPU, as `native.grouped_mlp`, without gradients."""
     tensors = (x_TD, weights_TK, *biases)
     return (
-        activation in ACTIVATIONS
+        (isinstance(activation, ClampedSwiGLU) or activation in ACTIVATIONS)
         and x_TD.dtype in DTYPES
         and weights_TK.dtype in DTYPES
         and all(t.dtype == x_TD.dtype for t in biases)
@@ -63,7 +64,7 @@ def low_bit_mlp(
     out: int,
     b_in: Tensor | None,
     b_out: Tensor | None,
-    activation: str,
+    activation: str | ClampedSwiGLU,
     gated: bool,
 ) -> Tensor:
     """See `coterie.kernels.low_bit_mlp`, for what is `supported`."""
@@ -72,6 +73,7 @@ def low_bit_mlp(
     order_N, ends_E = dispatch.order_N.contiguous(), dispatch.ends_E.contiguous()
     b_in = None if b_in is None else b_in.contiguous()
     b_out = None if b_out is None else b_out.contiguous()
+    code, numbers = activation_code(activation)
     y_TO = empty((x_TD.shape[0], out), x_TD.dtype)
     mlp = Mlp(
         tokens=x_TD.shape[0],
@@ -81,9 +83,10 @@ def low_bit_mlp(
         hidden=hidden,
         out=out,
         dtype=DTYPES[x_TD.dtype],
-        activation=ACTIVATIONS.index(activation),
+        activation=code,
         gated=gated,
         threads=torch.get_num_threads(),
+        **dict(zip(("limit", "alpha", "shift"), numbers, strict=False)),
         x=x_TD.data_ptr(),
         x_row=x_TD.stride(0),
         weights=weights_TK.data_ptr(),

@@ -35,18 +35,27 @@ class Prepacked:
         self._banks.clear()
         release_memory()
 
-    def find(self, w: Tensor, matrices: int) -> Tensor | None:
+    def find(self, w: Tensor, matrices: int, interleaved: bool = False) -> Tensor | None:
         """The copy of a bank; None at its first sight, after a change, and where it would be larger than it.
 
         Args:
             w: [E, matrices · rows, columns], float32 or bfloat16.
             matrices: of each expert: 2 for gate and up.
+            interleaved: their rows take turns.
         """
         if (
             w.is_inference() or 1 not in w.stride()[1:]
         ):  # torch does not count its changes; the kernel reads a copy
             return None
-        key = (w.data_ptr(), w.shape, w.stride(), w.dtype, matrices, native_library.instruction_limit)
+        key = (
+            w.data_ptr(),
+            w.shape,
+            w.stride(),
+            w.dtype,
+            matrices,
+            interleaved,
+            native_library.instruction_limit,
+        )
         bank = self._banks.get(key)
         if bank is None or not bank.sees(w):
             self._banks = {k: b for k, b in self._banks.items() if not b.memory.expired()}  # type: ignore[no-untyped-call]
@@ -54,7 +63,7 @@ class Prepacked:
             self._banks[key] = _Bank(_weak(w), w._version, _sample(w).clone())
             return None
         if bank.copy is None and not bank.refused:
-            bank.copy = _pack(w, matrices)
+            bank.copy = _pack(w, matrices, interleaved)
             bank.refused = bank.copy is None
         return bank.copy
 
@@ -81,7 +90,7 @@ def _sample(w: Tensor) -> Tensor:
     return w.detach()[:, :: max(1, w.shape[1] // _SAMPLES), 0]
 
 
-def _pack(w: Tensor, matrices: int) -> Tensor | None:
+def _pack(w: Tensor, matrices: int, interleaved: bool) -> Tensor | None:
     """The copy, or None where it would take more than the bank: odd widths, bfloat16 without its products."""
     experts, rows, columns = w.shape
     sizes = (experts, matrices, rows // matrices, columns, DTYPES[w.dtype])
@@ -89,9 +98,8 @@ def _pack(w: Tensor, matrices: int) -> Tensor | None:
     if not _fits(floats, w):
         return None
     copy = empty((floats,), torch.float32)
-    library().coterie_prepack(
-        Bank(w.data_ptr(), *w.stride()), *sizes, torch.get_num_threads(), copy.data_ptr()
-    )
+    bank, threads = Bank(w.data_ptr(), *w.stride()), torch.get_num_threads()
+    library().coterie_prepack(bank, *sizes, interleaved, threads, copy.data_ptr())
     return copy
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coterie.kernels.activations import get_activation
+from coterie.kernels.activations import ClampedSwiGLU, activate
 from coterie.kernels.dispatch import Dispatch
 
 
@@ -23,19 +23,15 @@ def grouped_mlp(
     w_out: Tensor,
     b_in: Tensor | None,
     b_out: Tensor | None,
-    activation: str,
+    activation: str | ClampedSwiGLU,
     gated: bool,
+    interleaved: bool = False,
 ) -> Tensor:
     """See `coterie.kernels.grouped_mlp`."""
-    act = get_activation(activation)
     inverse_N, tokens_N = dispatch.inverse_N, dispatch.tokens_N
     rows_ND: Tensor = _Gather.apply(x_TD, tokens_N, inverse_N, dispatch.slots)  # type: ignore[no-untyped-call]
-    hidden_N2F = grouped_linear(rows_ND, w_in, b_in, dispatch.ends_E)
-    if gated:
-        gate_NF, up_NF = hidden_N2F.chunk(2, dim=-1)
-        hidden_NF = act(gate_NF) * up_NF
-    else:
-        hidden_NF = act(hidden_N2F)
+    pre_N2F = grouped_linear(rows_ND, w_in, b_in, dispatch.ends_E)
+    hidden_NF = activate(pre_N2F, activation, gated, interleaved)
     out_NO = grouped_linear(hidden_NF, w_out, b_out, dispatch.ends_E)
     y_TO: Tensor = _Combine.apply(  # type: ignore[no-untyped-call]
         out_NO, weights_TK, dispatch.order_N, inverse_N

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from coterie.kernels import grouped_mlp
-from coterie.kernels.activations import get_activation
+from coterie.kernels import ClampedSwiGLU, grouped_mlp
+from coterie.kernels.activations import check_activation, get_activation
 from coterie.nn.routing import Routing
 
 
@@ -34,7 +34,7 @@ class SwiGLUExperts(nn.Module):
         hidden: F, width inside an expert.
         dim_out: width of the result, D by default.
         bias: biases on both layers.
-        activation: "silu" makes it SwiGLU, "gelu" GeGLU, and so on.
+        activation: "silu" makes it SwiGLU, "gelu" GeGLU, and so on; or a `coterie.kernels.ClampedSwiGLU`.
 
     Returns (from forward, for x [T, D]): [T, dim_out].
 
@@ -53,10 +53,10 @@ class SwiGLUExperts(nn.Module):
         *,
         dim_out: int | None = None,
         bias: bool = False,
-        activation: str = "silu",
+        activation: str | ClampedSwiGLU = "silu",
     ) -> None:
         super().__init__()
-        get_activation(activation)
+        check_activation(activation, gated=True)
         self.num_experts, self.dim, self.hidden, self.activation = num_experts, dim, hidden, activation
         dim_out = dim_out or dim
         self.gate_up_proj = _matrix(num_experts, 2 * hidden, dim)

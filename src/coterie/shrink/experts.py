@@ -5,14 +5,15 @@ Letters as in `coterie.nn`: T tokens, E experts, D model width, F hidden width.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coterie.kernels import PackedBank, PackedWeight, low_bit_mlp
-from coterie.kernels.activations import get_activation
+from coterie.kernels import ClampedSwiGLU, PackedBank, PackedWeight, low_bit_mlp
+from coterie.kernels.activations import check_activation
 from coterie.nn.experts import MLPExperts, SwiGLUExperts, check_routing
 from coterie.nn.routing import Routing
 from coterie.shrink.quantize import rtn
@@ -31,7 +32,7 @@ class QuantizedExperts(nn.Module):
         w_out: for each expert its packed [D_out, F].
         b_in: bias [E, 2F] or [E, F]; None for none.
         b_out: bias [E, D_out]; None for none.
-        activation: a name in `coterie.kernels.ACTIVATIONS`.
+        activation: a name in `coterie.kernels.ACTIVATIONS`, or a `ClampedSwiGLU`.
 
     Returns (from forward, for x [T, D]): [T, D_out].
 
@@ -56,11 +57,11 @@ class QuantizedExperts(nn.Module):
         *,
         b_in: Tensor | None = None,
         b_out: Tensor | None = None,
-        activation: str = "silu",
+        activation: str | ClampedSwiGLU = "silu",
     ) -> None:
         super().__init__()
-        get_activation(activation)
         bank = PackedBank(w_in, w_out)
+        check_activation(activation, bank.gated)
         self.num_experts, self.dim, self.hidden, self.activation = (
             len(bank),
             bank.dim,
@@ -151,7 +152,9 @@ class QuantizedExperts(nn.Module):
         """What the state dict's tensors do not say, as JSON can hold it; `from_layout` takes it."""
         biases = {"b_in": self.b_in, "b_out": self.b_out}
         shapes = {name: None if b is None else list(b.shape) for name, b in biases.items()}
-        return {"matrices": self._matrices, "activation": self.activation, **shapes}
+        named = isinstance(self.activation, str)
+        activation = self.activation if named else asdict(self.activation)  # type: ignore[arg-type]
+        return {"matrices": self._matrices, "activation": activation, **shapes}
 
     @classmethod
     def from_layout(cls, layout: dict[str, Any]) -> "QuantizedExperts":
@@ -168,7 +171,10 @@ class QuantizedExperts(nn.Module):
         buffers = {name: torch.zeros(size, dtype=TENSORS[name]) for name, size in sizes.items()}
         b_in, b_out = (layout[name] and torch.zeros(layout[name]) for name in ("b_in", "b_out"))
         w_in, w_out = _views(buffers, matrices)
-        return cls(w_in, w_out, b_in=b_in, b_out=b_out, activation=layout["activation"])
+        activation = layout["activation"]
+        if not isinstance(activation, str):
+            activation = ClampedSwiGLU(**activation)
+        return cls(w_in, w_out, b_in=b_in, b_out=b_out, activation=activation)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedExperts":
         scales, input_scale = self.scales, self.input_scale

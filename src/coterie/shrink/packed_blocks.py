@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from coterie.hf import MoEBlock
 from coterie.hf.experts import fused_activation
-from coterie.kernels import PackedWeight, low_bit_mlp, sort_by_expert
-from coterie.kernels.activations import get_activation
+from coterie.kernels import ClampedSwiGLU, PackedWeight, low_bit_mlp, sort_by_expert
+from coterie.kernels.activations import activate
 from coterie.kernels.packed import COLUMNS, ROWS, check_group_size
 from coterie.shrink.experts import QuantizedExperts
 
@@ -122,13 +122,13 @@ def set_bank(model: nn.Module, name: str, bank: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, bank)
 
 
-def check_packable(block: MoEBlock) -> str:
+def check_packable(block: MoEBlock) -> str | ClampedSwiGLU:
     """The activation of a block's experts; ValueError if the kernels do not compute what they compute."""
     activation = fused_activation(block.bank)
     if activation is None:
         raise ValueError(
-            f"{block.name}: experts of {type(block.bank).__name__} are not act(gate · x) * (up · x) with a "
-            "known activation; they cannot be packed"
+            f"{block.name}: experts of {type(block.bank).__name__} are neither act(gate · x) * (up · x) "
+            "with a known activation nor a clamped SwiGLU; they cannot be packed"
         )
     return activation
 
@@ -148,8 +148,7 @@ def expert_hidden(block: MoEBlock, expert: int, x_nD: Tensor, w_in: Tensor) -> T
     biases = [b[expert].float().cpu() for b in (bank.gate_bias, bank.up_bias) if b is not None]
     if biases:
         products = [p + b for p, b in zip(products, biases, strict=True)]
-    activated = get_activation(check_packable(block))(products[0])
-    return activated * products[1] if len(products) == 2 else activated
+    return activate(torch.cat(products, -1), check_packable(block), gated=len(products) == 2)
 
 
 @torch.no_grad()

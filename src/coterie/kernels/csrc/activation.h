@@ -1,6 +1,6 @@
 // Activations and their derivatives, to about one unit in the last place of float32.
 
-enum Activation { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kSigmoid };
+enum Activation { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kSigmoid, kClampedSwiglu };
 
 INLINE V exp(V x) {
   const V low = splat(-87.0f), high = splat(88.0f);
@@ -106,3 +106,26 @@ INLINE V activate(V x, V* slope) {
   *slope = 2.0f * positive;
   return positive * positive;
 }
+
+// g·σ(α·g)·(u + shift) with g at most `limit` and u within ±limit. In this form a NaN passes.
+struct ClampedSwiglu {
+  float limit, alpha, shift;
+
+  INLINE V gate(V g) const { return g > limit ? splat(limit) : g; }
+  INLINE V up(V u) const {
+    u = u > limit ? splat(limit) : u;
+    return u < -limit ? splat(-limit) : u;
+  }
+  INLINE V operator()(V g, V u) const {
+    g = gate(g);
+    return g / (1.0f + exp(-alpha * g)) * (up(u) + shift);
+  }
+  // The same, and its derivatives by g and u.
+  INLINE V operator()(V g, V u, V* by_gate, V* by_up) const {
+    V rest;
+    const V low = gate(g), s = sigmoid(alpha * low, &rest), value = low * s, shifted = up(u) + shift;
+    *by_gate = g > limit ? V{} : (s + alpha * value * rest) * shifted;
+    *by_up = (u > limit) | (u < -limit) ? V{} : value;
+    return value * shifted;
+  }
+};

@@ -27,15 +27,21 @@ struct Backward {
       const float weight = plan.weights[row];
       V dot = {};
       for (int g = 0; g < WIDTH; g += LANES) {
-        const V grad = load(c + i * ldc + g);
-        V slope, value = activate<A>(load_some(pre + g, left - g), &slope);
-        V gate = weight * grad * slope;
+        const V grad = load(c + i * ldc + g), gate = load_some(pre + g, left - g);
+        V slope, value, factor = splat(1.0f);
         if (p.gated) {
-          const V up = load_some(pre + p.hidden + g, left - g);
-          store_some(out + p.hidden + g, weight * grad * value, left - g);
-          gate *= up, value *= up;
+          V by_up, up = load_some(pre + p.hidden + g, left - g);
+          if (A == kClampedSwiglu) {
+            value = ClampedSwiglu{p.limit, p.alpha, p.shift}(gate, up, &slope, &by_up);
+          } else {
+            by_up = activate<A>(gate, &slope);
+            value = by_up * up, factor = up;
+          }
+          store_some(out + p.hidden + g, weight * grad * by_up, left - g);
+        } else {
+          value = activate<A>(gate, &slope);
         }
-        store_some(out + g, gate, left - g);
+        store_some(out + g, weight * grad * slope * factor, left - g);
         store_some(scaled + row * p.hidden + j * WIDTH + g, weight * value, left - g);
         dot += grad * value;
       }
@@ -50,6 +56,7 @@ struct Backward {
       case kGeluTanh: return finish_hidden<kGeluTanh>(j, row, m, c, ldc);
       case kRelu: return finish_hidden<kRelu>(j, row, m, c, ldc);
       case kRelu2: return finish_hidden<kRelu2>(j, row, m, c, ldc);
+      case kClampedSwiglu: return finish_hidden<kClampedSwiglu>(j, row, m, c, ldc);
       default: return finish_hidden<kSigmoid>(j, row, m, c, ldc);
     }
   }

@@ -20,7 +20,9 @@ struct CoterieMlp {
   int32_t dtype;       // 0 float32, 1 bfloat16
   int32_t activation;  // the order of enum Activation in activation.h
   int32_t gated;       // w_in holds F gate rows, then F up rows
+  int32_t interleaved; // gate and up rows take turns in w_in; read by forward alone
   int32_t threads;
+  float limit, alpha, shift;  // of a clamped SwiGLU
   const void* x;  // [T, D], rows x_row elements apart
   int64_t x_row;
   const float* weights;    // [T, K]
@@ -61,7 +63,7 @@ int coterie_low_bit(const CoterieMlp* mlp, const CoterieCodes* codes);
 // then up), `cols` columns. The first call says how many floats that takes.
 int64_t coterie_prepacked_floats(int64_t experts, int64_t matrices, int64_t rows, int64_t cols, int32_t dtype);
 void coterie_prepack(const CoterieBank* bank, int64_t experts, int64_t matrices, int64_t rows, int64_t cols,
-                     int32_t dtype, int32_t threads, float* out);
+                     int32_t dtype, int32_t interleaved, int32_t threads, float* out);
 
 // Name of the instruction set in use. `limit` caps the choice (0 portable … 3 avx512-bf16).
 const char* coterie_isa(int limit);

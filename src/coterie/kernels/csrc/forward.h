@@ -45,26 +45,33 @@ struct Range {
   Range(long panels, long parts, long i) : begin(panels * i / parts), end(panels * (i + 1) / parts) {}
 };
 
-// Columns j·WIDTH … of a bank's product with rows: y = x·wᵀ takes forward, y = x·w takes backward. `matrix` counts
-// from the first expert's on, `rows` and `cols` are its size.
+// Columns j·WIDTH … of a bank's product with rows: y = x·wᵀ takes forward, y = x·w takes backward. Each expert has
+// `matrices` of this size, one after the other, or row by row in turn.
 template <class T>
-INLINE Panel<T> forward_panel(const CoterieBank& w, long expert, long first, long rows, long cols, long matrix, long j) {
-  const T* data = static_cast<const T*>(w.data) + expert * w.expert + (first + j * WIDTH) * w.row;
-  const float* prepacked =
-      w.prepacked ? w.prepacked + matrix * matrix_floats<T>(rows, cols) + j * WIDTH * units<T>(cols) : nullptr;
-  return {data, w.row, w.col, min(WIDTH, rows - j * WIDTH), prepacked};
+INLINE Panel<T> forward_panel(const CoterieBank& w, long expert, long matrix, long matrices, bool interleaved,
+                              long rows, long cols, long j) {
+  const long step = interleaved ? matrices : 1, first = interleaved ? matrix : matrix * rows;
+  Panel<T> panel{static_cast<const T*>(w.data) + expert * w.expert + (first + j * WIDTH * step) * w.row, w.row * step,
+                 w.col, min(WIDTH, rows - j * WIDTH)};
+  if (panel.col != 1 && step == 2) panel.data -= matrix * w.row, panel.turn = matrix;
+  if (w.prepacked) {
+    const long size = matrix_floats<T>(rows, cols);
+    panel.prepacked = w.prepacked + (expert * matrices + matrix) * size + j * WIDTH * units<T>(cols);
+  }
+  return panel;
 }
 
 // Every matrix of a bank in panels, so that forward need not pack them. Experts have `matrices` each.
 template <class T>
-void prepack(const CoterieBank& bank, long count, long matrices, long rows, long cols, int threads, float* out) {
+void prepack(const CoterieBank& bank, long experts, long matrices, bool interleaved, long rows, long cols, int threads,
+             float* out) {
   const long panels = ceil_div(rows, WIDTH);
   auto task = [&](long t) {
-    const long matrix = t / panels, j = t % panels, first = matrix % matrices * rows;
-    float* to = out + matrix * matrix_floats<T>(rows, cols) + j * WIDTH * units<T>(cols);
-    pack_panel(forward_panel<T>(bank, matrix / matrices, first, rows, cols, 0, j), 0, cols, to, nullptr);
+    const long matrix = t / panels, j = t % panels;
+    const Panel<T> panel = forward_panel<T>(bank, matrix / matrices, matrix % matrices, matrices, interleaved, rows, cols, j);
+    pack_panel(panel, 0, cols, out + t * WIDTH * units<T>(cols), nullptr);
   };
-  parallel(count * panels, threads, task);
+  parallel(experts * matrices * panels, threads, task);
 }
 
 template <class T>
@@ -114,9 +121,16 @@ struct Sums {
     }
   }
 
+  INLINE void add(const int32_t* rows, int m, long j, const float* c, long ldc) const {
+    for (int begin = 0, end = 1; begin < m; begin = end++) {
+      while (end < m && rows[end] != rows[end - 1]) ++end;  // a token with an expert twice has both, one after the other
+      add_different(rows + begin, end - begin, j, c + begin * ldc, ldc);
+    }
+  }
+
   // All loads before all stores: rows lie a multiple of 4096 bytes apart as often as not, and a load behind a
   // store to such an address waits for it.
-  INLINE void add(const int32_t* rows, int m, long j, const float* c, long ldc) const {
+  INLINE void add_different(const int32_t* rows, int m, long j, const float* c, long ldc) const {
     float total[ROWS][WIDTH];
     for (int i = 0; i < m; ++i) {
       const float* row = data + rows[i] * columns + j * WIDTH;
@@ -144,6 +158,12 @@ struct Sums {
   }
 };
 
+template <int A>
+INLINE V gated_value(const CoterieMlp& p, V gate, V up) {
+  if (A == kClampedSwiglu) return ClampedSwiglu{p.limit, p.alpha, p.shift}(gate, up);
+  return activate<A>(gate) * up;
+}
+
 template <class T>
 struct Forward {
   const CoterieMlp& p;
@@ -166,14 +186,14 @@ struct Forward {
         V gate = load(c + i * ldc + g);
         if (bias) gate += load_some(bias + g, left - g);
         if (pre) store_some(pre + g, gate, left - g);
-        V value = activate<A>(gate);
-        if (p.gated) {
-          V up = load(c + i * ldc + WIDTH + g);
-          if (bias) up += load_some(bias + p.hidden + g, left - g);
-          if (pre) store_some(pre + p.hidden + g, up, left - g);
-          value *= up;
+        if (!p.gated) {
+          store(&out[i][g], activate<A>(gate));
+          continue;
         }
-        store(&out[i][g], value);
+        V up = load(c + i * ldc + WIDTH + g);
+        if (bias) up += load_some(bias + p.hidden + g, left - g);
+        if (pre) store_some(pre + p.hidden + g, up, left - g);
+        store(&out[i][g], gated_value<A>(p, gate, up));
       }
     }
     float* tile = hidden + (chunk.first + first) * units<T>(p.hidden) + j * (WIDTH / kPer<T>) * m;
@@ -187,14 +207,13 @@ struct Forward {
       case kGeluTanh: return finish_hidden<kGeluTanh>(chunk, j, first, m, c, ldc);
       case kRelu: return finish_hidden<kRelu>(chunk, j, first, m, c, ldc);
       case kRelu2: return finish_hidden<kRelu2>(chunk, j, first, m, c, ldc);
+      case kClampedSwiglu: return finish_hidden<kClampedSwiglu>(chunk, j, first, m, c, ldc);
       default: return finish_hidden<kSigmoid>(chunk, j, first, m, c, ldc);
     }
   }
 
   void in_panels(Panel<T>* panels, long expert, long j) const {
-    const long matrix = p.gated ? 2 * expert : expert;
-    panels[0] = forward_panel<T>(p.w_in, expert, 0, p.hidden, p.dim, matrix, j);
-    if (p.gated) panels[1] = forward_panel<T>(p.w_in, expert, p.hidden, p.hidden, p.dim, matrix + 1, j);
+    for (int i = 0; i <= p.gated; ++i) panels[i] = forward_panel<T>(p.w_in, expert, i, 1 + p.gated, p.interleaved, p.hidden, p.dim, j);
   }
 
   void up(long c, const Range& range) {
@@ -220,7 +239,7 @@ struct Forward {
   }
 
   Panel<T> out_panel(long expert, long j) const {
-    return forward_panel<T>(p.w_out, expert, 0, p.out, p.hidden, expert, j);
+    return forward_panel<T>(p.w_out, expert, 0, 1, false, p.out, p.hidden, j);
   }
 
   void down(const Range& range) {

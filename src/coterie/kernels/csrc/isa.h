@@ -11,8 +11,8 @@ struct Isa {
   int (*backward)(const CoterieMlp&);
   int (*low_bit)(const CoterieMlp&, const CoterieCodes*);
   long (*prepacked_floats)(long experts, long matrices, long rows, long cols, int dtype);
-  void (*prepack)(const CoterieBank&, long experts, long matrices, long rows, long cols, int dtype, int threads,
-                  float* out);
+  void (*prepack)(const CoterieBank&, long experts, long matrices, long rows, long cols, int dtype,
+                  bool interleaved, int threads, float* out);
   double (*multiply_adds)(int dtype, int threads);
   float (*read_memory)(const float* data, long count, int threads);
 };

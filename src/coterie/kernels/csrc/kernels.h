@@ -51,10 +51,10 @@ int run_low_bit(const CoterieMlp& p, const CoterieCodes* codes) {
 long run_prepacked_floats(long experts, long matrices, long rows, long cols, int dtype) {
   return experts * matrices * (dtype ? matrix_floats<bf16>(rows, cols) : matrix_floats<float>(rows, cols));
 }
-void run_prepack(const CoterieBank& bank, long experts, long matrices, long rows, long cols, int dtype, int threads,
-                 float* out) {
-  if (dtype) prepack<bf16>(bank, experts * matrices, matrices, rows, cols, threads, out);
-  else prepack<float>(bank, experts * matrices, matrices, rows, cols, threads, out);
+void run_prepack(const CoterieBank& bank, long experts, long matrices, long rows, long cols, int dtype,
+                 bool interleaved, int threads, float* out) {
+  if (dtype) prepack<bf16>(bank, experts, matrices, interleaved, rows, cols, threads, out);
+  else prepack<float>(bank, experts, matrices, interleaved, rows, cols, threads, out);
 }
 double run_multiply_adds(int dtype, int threads) {
   return dtype ? multiply_adds<kPer<bf16>>(threads) : multiply_adds<1>(threads);

@@ -48,8 +48,8 @@ int64_t coterie_prepacked_floats(int64_t experts, int64_t matrices, int64_t rows
 }
 
 void coterie_prepack(const CoterieBank* bank, int64_t experts, int64_t matrices, int64_t rows, int64_t cols,
-                     int32_t dtype, int32_t threads, float* out) {
-  coterie::chosen->prepack(*bank, experts, matrices, rows, cols, dtype, threads, out);
+                     int32_t dtype, int32_t interleaved, int32_t threads, float* out) {
+  coterie::chosen->prepack(*bank, experts, matrices, rows, cols, dtype, interleaved, threads, out);
 }
 
 double coterie_multiply_adds(int dtype, int threads) { return coterie::chosen->multiply_adds(dtype, threads); }

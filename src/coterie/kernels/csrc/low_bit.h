@@ -62,11 +62,13 @@ struct LowBit {
         const long at = j * BLOCK_ROWS + lane, left = p.hidden - at;
         V value = load(gate_c + i * BLOCK_ROWS + lane);
         if (bias) value += load_some(bias + at, left);
-        value = activate(p.activation, value);
         if (p.gated) {
           V up = load(up_c + i * BLOCK_ROWS + lane);
           if (bias) up += load_some(bias + p.hidden + at, left);
-          value *= up;
+          value = p.activation == kClampedSwiglu ? gated_value<kClampedSwiglu>(p, value, up)
+                                                 : activate(p.activation, value) * up;
+        } else {
+          value = activate(p.activation, value);
         }
         if (scale) value *= load_some(scale + at, left);
         store_some(hidden + (chunk.first + first + i) * p.hidden + at, value, left);

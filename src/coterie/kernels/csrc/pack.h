@@ -45,6 +45,26 @@ INLINE V load_column_units(const T* p, const T* below, long left) {
   }
 }
 
+// The same of every second column from p[turn] on.
+template <class T>
+INLINE V load_turn_units(const T* p, const T* below, long turn, long left) {
+  T part[2][2 * LANES] = {};
+  if (left < LANES) {
+    if (left <= 0) return V{};
+    __builtin_memcpy(part[0], p, 2 * left * sizeof(T));
+    if (below) __builtin_memcpy(part[1], below, 2 * left * sizeof(T));
+    p = part[0], below = part[1];
+  }
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return turn ? odd_lanes(load(p), load(p + LANES)) : even_lanes(load(p), load(p + LANES));
+  } else {
+    const VU first = *reinterpret_cast<const VUMem*>(p);
+    if (kPer<T> == 1) return (V)(turn ? first & 0xffff0000u : first << 16);
+    const VU second = *reinterpret_cast<const VUMem*>(below ? below : part[1]);
+    return (V)(turn ? first >> 16 | (second & 0xffff0000u) : (first & 0xffffu) | second << 16);
+  }
+}
+
 // Lines of memory to bring near while computing: up to four strided runs, walked a few lines at a time.
 struct Prefetch {
   struct Run {
@@ -84,6 +104,7 @@ struct Panel {
   const T* data;
   long row, col, valid;
   const float* prepacked = nullptr;
+  long turn = -1;  // 0 or 1: every second column at `data` is meant, from this one on
 };
 
 // k elements of LANES rows at `rows` as [k][WIDTH] at dst.
@@ -130,8 +151,10 @@ void pack_panel(const Panel<T>& panel, long k0, long k, float* dst, Prefetch* ah
     const T* p = panel.data + at * panel.col;
     const T* below = u * kPer<T> + 1 < k ? p + panel.col : nullptr;
     for (int g = 0; g < 2; ++g) {
-      store(dst + u * WIDTH + g * LANES,
-            load_column_units(p + g * LANES, below ? below + g * LANES : below, panel.valid - g * LANES));
+      const long at = g * LANES, left = panel.valid - at;
+      store(dst + u * WIDTH + at,
+            panel.turn < 0 ? load_column_units(p + at, below ? below + at : below, left)
+                           : load_turn_units(p + 2 * at, below ? below + 2 * at : below, panel.turn, left));
     }
   }
 }

@@ -29,7 +29,7 @@ void prefetch_panel(Prefetch& ahead, const Panel<T>& panel, long k) {
     if (panel.row == k) ahead.add(panel.data, line, ceil_div(panel.valid * k * long{sizeof(T)}, line));
     return;
   }
-  const long width = min(WIDTH, panel.valid) * long{sizeof(T)};
+  const long width = min(WIDTH, panel.valid) * (panel.turn < 0 ? 1 : 2) * long{sizeof(T)};
   for (long at = 0; at < width; at += line) {
     ahead.add(reinterpret_cast<const char*>(panel.data) + at, panel.col * long{sizeof(T)}, k);
   }

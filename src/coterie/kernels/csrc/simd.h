@@ -8,6 +8,7 @@ typedef int32_t VI __attribute__((vector_size(4 * LANES)));
 typedef uint32_t VU __attribute__((vector_size(4 * LANES)));
 typedef uint16_t VH __attribute__((vector_size(2 * LANES)));
 typedef float VMem __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+typedef uint32_t VUMem __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef uint16_t VHMem __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 typedef uint16_t bf16;
@@ -101,20 +102,30 @@ INLINE float sum_lanes(V v) {
 #if LANES == 16
 #define LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
 #elif LANES == 8
 #define LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
 #define HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15
 #else
 #define LOW_HALVES 0, 4, 1, 5
 #define HIGH_HALVES 2, 6, 3, 7
+#define EVEN_LANES 0, 2, 4, 6
+#define ODD_LANES 1, 3, 5, 7
 #endif
 
 #ifdef __clang__
 INLINE V interleave_low(V a, V b) { return __builtin_shufflevector(a, b, LOW_HALVES); }
 INLINE V interleave_high(V a, V b) { return __builtin_shufflevector(a, b, HIGH_HALVES); }
+INLINE V even_lanes(V a, V b) { return __builtin_shufflevector(a, b, EVEN_LANES); }
+INLINE V odd_lanes(V a, V b) { return __builtin_shufflevector(a, b, ODD_LANES); }
 #else
 INLINE V interleave_low(V a, V b) { return __builtin_shuffle(a, b, (VI){LOW_HALVES}); }
 INLINE V interleave_high(V a, V b) { return __builtin_shuffle(a, b, (VI){HIGH_HALVES}); }
+INLINE V even_lanes(V a, V b) { return __builtin_shuffle(a, b, (VI){EVEN_LANES}); }
+INLINE V odd_lanes(V a, V b) { return __builtin_shuffle(a, b, (VI){ODD_LANES}); }
 #endif
 
 // v[i][j] ↔ v[j][i]: log2(LANES) perfect shuffles of the whole block.
