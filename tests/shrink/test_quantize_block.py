@@ -1,12 +1,23 @@
 """Experts rounded to bits of their own, and what a model with packed experts computes."""
 
+import json
+
 import pytest
 import torch
 from tiny_models import tiny
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from coterie.hf import find_moe_blocks
-from coterie.shrink import awq, block_inputs, gptq, pack_block, quantize_block, routed_tokens
+from coterie.kernels import ClampedSwiGLU
+from coterie.shrink import (
+    QuantizedExperts,
+    awq,
+    block_inputs,
+    gptq,
+    pack_block,
+    quantize_block,
+    routed_tokens,
+)
 from coterie.shrink.packed_blocks import bank_name, expert_matrices, expert_output, packed_nbytes, placed
 
 IDS = torch.randint(257, (4, 60), generator=torch.Generator().manual_seed(0))
@@ -179,11 +190,35 @@ def test_another_router_and_a_shared_expert():
     assert (logits(model) - before).norm() < 0.05 * before.norm()
 
 
-def test_experts_that_no_kernel_computes_are_refused():
-    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4}
-    (block,) = find_moe_blocks(GptOssForCausalLM(GptOssConfig(**sizes, num_experts_per_tok=2)))
-    with pytest.raises(ValueError, match=r"GptOssExperts .* cannot be packed"):
+def gpt_oss():
+    sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 8}
+    model = GptOssForCausalLM(GptOssConfig(**sizes, num_experts_per_tok=2)).eval()
+    (block,) = find_moe_blocks(model)
+    with torch.no_grad():
+        for parameter in block.bank.parameters():
+            parameter.normal_(std=0.3)
+    block.bank.limit = 0.5  # so that some values are clamped
+    return model, block
+
+
+def test_a_clamped_gate_is_packed_with_its_clamp():
+    model, block = gpt_oss()
+    x_nD = torch.randn(40, 32)
+    expected = block.bank(x_nD, torch.full((40, 1), 3), torch.ones(40, 1))
+    torch.testing.assert_close(expert_output(block, 3, x_nD, *expert_matrices(block, 3)), expected)
+    before, inputs_TD = logits(model), block_inputs(model, block, [IDS])
+    bank = pack_block(model, block, *quantize_block(block, inputs_TD, [8] * 8, "rtn", group_size=32))
+    assert bank.packed.activation == ClampedSwiGLU(0.5, 1.702, 1.0)
+    assert float((logits(model) - before).norm() / before.norm()) < 0.01
+    again = QuantizedExperts.from_layout(json.loads(json.dumps(bank.packed.layout())))
+    assert again.activation == bank.packed.activation
+
+
+def test_experts_that_no_kernel_computes_are_refused(model):
+    block = find_moe_blocks(model)[0]
+    block.bank.act_fn = torch.nn.Mish()
+    with pytest.raises(ValueError, match=r"Qwen3MoeExperts .* cannot be packed"):
         expert_output(block, 0, torch.randn(2, 32), *expert_matrices(block, 0))
 
 
