@@ -297,7 +297,7 @@ X, Y, GROUP = table(60)
         (lambda: model(lam=-1.0).fit(X, Y, GROUP), "lam=-1.0; should be at least 0"),
         (lambda: model(n_experts=0).fit(X, Y, GROUP), "n_experts=0; should be at least 1"),
         (lambda: model(max_experts=1).fit(X, Y, GROUP), "max_experts=1; should be at least 2"),
-        (lambda: model(fairness="parity").fit(X, Y, GROUP), "fairness='parity'; use one of 'dp'"),
+        (lambda: model(fairness="parity").fit(X, Y, GROUP), "fairness='parity'; use one of dp"),
         (lambda: model(merge=1.5).fit(X, Y, GROUP), "merge=1.5; should be a cosine"),
         (lambda: model(learning_rate=0).fit(X, Y, GROUP), "learning_rate=0; should be above 0"),
         (lambda: model(favourable="yes").fit(X, Y, GROUP), r"favourable='yes'; should be one of \[0, 1\]"),

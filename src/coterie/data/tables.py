@@ -81,13 +81,34 @@ def check_columns(frame: "pd.DataFrame", names: Sequence[str], where: str = "the
         raise ValueError(f"{where} has no column {', '.join(map(repr, missing))}; it has {there}")
 
 
+def as_texts(column: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Values as texts, None where missing: 7, 7.0 and "7" are "7".
+
+    A column of whole numbers turns into floats where one of them is missing, in one file and not in the next.
+    """
+    pd = import_pandas()
+    codes, values = pd.factorize(column)  # missing ones get -1
+    texts = [as_text(value) for value in values]
+    return pd.Series(np.array([*texts, None], dtype=object)[codes], index=column.index, dtype=object)
+
+
+def as_text(value: Any) -> str:
+    """One value as a text.
+
+    >>> [as_text(value) for value in (7, 7.0, np.float32(7), "7", 7.5)]
+    ['7', '7', '7', '7', '7.5']
+    """
+    whole = isinstance(value, float | np.floating) and float(value).is_integer()
+    return str(int(value)) if whole else str(value)
+
+
 class TableEncoder:
     """Turns a frame's columns into standardised float32 features, the same way for every later frame.
 
     Numbers (and truth values) are standardised with the mean and deviation of the frame it was fitted on; a
     missing one becomes the mean, and a column that missed some then gets a second feature that says so.
     Everything else is a category: one feature per value seen at least `min_count` times, all zero for a
-    missing or an unseen one.
+    missing or an unseen one. The categories 7, 7.0 and "7" are one.
 
     Args:
         min_count: rarer categories count as unseen.
@@ -129,7 +150,7 @@ class TableEncoder:
                 known = values[~missing] if not missing.all() else np.zeros(1)
                 self._numbers[name] = (float(known.mean()), float(known.std()) or 1.0, bool(missing.any()))
             else:
-                counts = _texts(frame, name).value_counts()
+                counts = as_texts(frame[name]).value_counts()
                 kept = sorted(counts.index[counts >= self.min_count])
                 if len(kept) > self.max_categories:
                     raise ValueError(
@@ -163,7 +184,7 @@ class TableEncoder:
                 if flagged:
                     parts.append(missing[:, None])
             else:
-                texts = _texts(frame, name).to_numpy(dtype=object, na_value=None)
+                texts = as_texts(frame[name]).to_numpy(dtype=object)
                 parts.append(texts[:, None] == np.array([*self._categories[name]], dtype=object)[None, :])
         return np.concatenate([np.zeros((len(frame), 0)), *parts], axis=1).astype(np.float32)
 
@@ -230,9 +251,3 @@ def _floats(frame: "pd.DataFrame", name: str) -> npt.NDArray[np.float64]:
             f"column {name!r}, row {frame.index[infinite[0]]}: infinite; should be a finite number"
         )
     return values
-
-
-def _texts(frame: "pd.DataFrame", name: str) -> "pd.Series[Any]":
-    """As text, missing ones left missing: 1 and "1" are one category."""
-    column = frame[name]
-    return column.astype(object).where(column.notna(), None).map(lambda v: None if v is None else str(v))

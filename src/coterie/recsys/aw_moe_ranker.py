@@ -10,17 +10,11 @@ import torch
 from torch import Tensor
 
 from coterie.data import Events, TableEncoder, Vocabulary, check_columns, histories, import_pandas
-from coterie.data.ids import as_texts
+from coterie.data.tables import as_texts
 from coterie.models import load_estimator, save_estimator
+from coterie.models.estimator import BaseEstimator
 from coterie.recsys.aw_moe import AWMoE, GateKind, ranking_loss
 from coterie.recsys.training import train_epochs
-
-try:
-    from sklearn.base import BaseEstimator
-except ModuleNotFoundError:
-    raise ModuleNotFoundError(
-        "rankers need scikit-learn; install it with: pip install 'coterie[tables]'"
-    ) from None
 
 if TYPE_CHECKING:
     import pandas as pd

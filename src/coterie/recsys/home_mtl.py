@@ -15,17 +15,11 @@ from torch import Tensor, nn
 
 from coterie.data import TableEncoder, Vocabulary, check_columns, import_pandas
 from coterie.models import load_estimator, save_estimator
+from coterie.models.estimator import BaseEstimator
 from coterie.recsys.labels import as_frame, binary_labels
 from coterie.recsys.metrics import masked_bce
 from coterie.recsys.multi_task import LevelOutput, MultiTaskMoE, Preset, expert_health
 from coterie.recsys.training import train_epochs
-
-try:
-    from sklearn.base import BaseEstimator
-except ModuleNotFoundError:
-    raise ModuleNotFoundError(
-        "rankers need scikit-learn; install it with: pip install 'coterie[tables]'"
-    ) from None
 
 if TYPE_CHECKING:
     import pandas as pd

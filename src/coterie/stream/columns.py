@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.data import records
+from coterie.data.tables import as_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,8 +122,8 @@ class StreamColumns:
             return None
         number = isinstance(value, int | float | np.number | np.bool_)
         if name in self._categories:
-            return None if number and math.isnan(value) else (name, str(value))
-        return (name, None) if number else (name, str(value))
+            return None if number and math.isnan(value) else (name, as_text(value))
+        return (name, None) if number else (name, as_text(value))
 
 
 def rows_of(X: "pd.DataFrame | npt.ArrayLike") -> tuple[list[dict[Any, Any]], list[Any]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from coterie.data import TableEncoder
 from coterie.models import load_estimator, save_estimator
+from coterie.models.estimator import check_choice
 from coterie.tabular import inputs  # first: it says what to install where scikit-learn is missing
 from coterie.tabular.attribution import Explanation, explain_with_gate, explain_with_gate_held
 from coterie.tabular.fairness import Fairness, GroupGap
@@ -114,24 +115,12 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         l2: float = 1e-4,
         random_state: int | None = None,
     ) -> None:
-        self.n_experts = n_experts
-        self.max_experts = max_experts
-        self.fairness = fairness
-        self.lam = lam
-        self.group_gap = group_gap
-        self.eps_acc = eps_acc
-        self.eps_fair = eps_fair
-        self.refit = refit
-        self.update = update
-        self.new_expert = new_expert
-        self.merge = merge
-        self.mix = mix
-        self.loss = loss
-        self.favourable = favourable
-        self.chunk_size = chunk_size
-        self.n_iter = n_iter
-        self.learning_rate = learning_rate
-        self.l2 = l2
+        self.n_experts, self.max_experts = n_experts, max_experts
+        self.fairness, self.lam, self.group_gap, self.favourable = fairness, lam, group_gap, favourable
+        self.eps_acc, self.eps_fair = eps_acc, eps_fair
+        self.refit, self.update, self.new_expert, self.merge = refit, update, new_expert, merge
+        self.mix, self.loss, self.l2 = mix, loss, l2
+        self.chunk_size, self.n_iter, self.learning_rate = chunk_size, n_iter, learning_rate
         self.random_state = random_state
 
     def fit(self, X: Any, y: ArrayLike, sensitive: ArrayLike | None = None) -> "FEAMOEClassifier":
@@ -224,7 +213,7 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 values are means over sampled orders of the columns, the same for the same random_state.
             n_permutations: how many orders, with `include_gate`.
         """
-        inputs.check_choice("by", by, ("column", "feature"))
+        check_choice("by", by, ("column", "feature"))
         x_TD, model = self._features(X), self._learner.mixture.model
         named = self._encoder.source if by == "column" else self.features_
         columns = self.columns_ if by == "column" else self.features_
@@ -249,7 +238,6 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             "dtype": "object" if self.classes_.dtype == object else self.classes_.dtype.str,
             "encoder": self._encoder.to_dict(),
             "named": hasattr(self, "feature_names_in_"),
-            "n_features_in": self.n_features_in_,
             "n_experts": self.n_experts_,
             "seed": self._learner.mixture.seed,
             "chunks": self._learner.mixture.chunks,
@@ -270,10 +258,7 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self._start(np.array(learnt["classes"], dtype=learnt["dtype"]))
         self._rows = learnt["rows"]
         self._learner.history, self._learner.reference = learnt["history"], learnt["reference"]
-        self._encoder = TableEncoder.from_dict(learnt["encoder"])
-        self.n_features_in_ = learnt["n_features_in"]
-        if learnt["named"]:
-            self.feature_names_in_ = np.array(self._encoder.columns, dtype=object)
+        inputs.set_encoder(self, TableEncoder.from_dict(learnt["encoder"]), named=learnt["named"])
         self.background_ = tensors["background"].numpy()
         self._learner.mixture = self._new_mixture(learnt["n_experts"], seed=learnt["seed"])
         self._learner.mixture.chunks, self._learner.mixture.shares = learnt["chunks"], learnt["shares"]
