@@ -115,12 +115,14 @@ class TableEncoder:
         max_categories: the most per column; a column with more distinct values is refused as an identifier.
 
     After `fit`: `columns`, the names it reads; `feature_names`, one per output; `source`, the input column of
-    each output.
+    each output; `blocks`, the outputs of each column.
 
     >>> pd = import_pandas()
     >>> encoder = TableEncoder().fit(pd.DataFrame({"age": [20.0, 40.0, None], "job": ["a", "b", "a"]}))
     >>> encoder.feature_names
     ['age', 'age is missing', 'job=a', 'job=b']
+    >>> encoder.blocks
+    [[0, 1], [2, 3]]
     >>> encoder.transform(pd.DataFrame({"job": ["c"], "age": [40.0]})).tolist()
     [[1.0, 0.0, 0.0, 0.0]]
     >>> TableEncoder.from_dict(encoder.to_dict()).feature_names == encoder.feature_names
@@ -167,6 +169,12 @@ class TableEncoder:
     @property
     def source(self) -> list[str]:
         return [name for name, features in self._features() for _ in features]
+
+    @property
+    def blocks(self) -> list[list[int]]:
+        """For each column the places of its features."""
+        source = self.source
+        return [[j for j, name in enumerate(source) if name == column] for column in self.columns]
 
     def transform(self, frame: "pd.DataFrame") -> npt.NDArray[np.float32]:
         """Features [rows, len(feature_names)].

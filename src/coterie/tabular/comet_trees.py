@@ -70,13 +70,9 @@ class _COMET(BaseEstimator, ABC):  # type: ignore[misc]
             "epochs": self.n_iter_,
             **self._learnt(),
         }
-        return save_estimator(
-            folder,
-            type(self).__name__,
-            parameters=self.get_params(),
-            learnt=learnt,
-            tensors=self._model.state_dict(),
-        )
+        parameters, tensors = self.get_params(), self._model.state_dict()
+        kind = type(self).__name__
+        return save_estimator(folder, kind, parameters=parameters, learnt=learnt, tensors=tensors)
 
     @classmethod
     def load(cls, folder: str | Path) -> Any:

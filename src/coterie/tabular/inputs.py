@@ -114,19 +114,35 @@ def encode_labels(y: ArrayLike, classes: NDArray[Any], rows: int) -> NDArray[np.
     return positive
 
 
-def group_names(sensitive: Any, rows: int) -> NDArray[Any]:
-    """The protected attribute as texts [n]. ValueError for a wrong length or a missing value (which row)."""
+def group_names(
+    sensitive: Any, rows: int, *, watched: str | None, constant_is_wrong: bool
+) -> NDArray[Any] | None:
+    """The protected attribute as texts [n]; None where there is none and no gap is watched.
+
+    Raises ValueError for one that is watched but not given, a wrong length, a missing value (which row), and
+    one group if that is wrong.
+    """
+    if sensitive is None:
+        if watched is not None:
+            raise ValueError(
+                f"fairness={watched!r} needs sensitive=, the group of each row; or give fairness=None"
+            )
+        return None
     column = import_pandas().Series(column_or_1d(sensitive))
     _check_length("sensitive", len(column), rows)
     missing = np.flatnonzero(column.isna())
     if len(missing):
         raise ValueError(f"sensitive, row {missing[0]}: missing; give every row a group, or leave it out")
     names: NDArray[Any] = as_texts(column).to_numpy(dtype=object)
+    if constant_is_wrong and len(set(names)) < 2:
+        raise ValueError(f"sensitive holds one group, {names[0]!r}; a gap needs at least two")
     return names
 
 
-def check_feamoe(estimator: Any) -> None:
+def check_feamoe(estimator: Any, classes: NDArray[Any]) -> None:
     """ValueError naming an argument that is out of range."""
+    if estimator.favourable is not None and estimator.favourable not in classes:
+        raise ValueError(f"favourable={estimator.favourable!r}; should be one of {classes.tolist()}")
     choices = {
         "fairness": ("dp", "eo", "burden", None),
         "group_gap": ("range", "variance"),
