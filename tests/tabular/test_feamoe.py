@@ -323,6 +323,11 @@ def test_a_generator_as_random_state_cannot_be_saved(tmp_path):
         made.save(tmp_path / "saved")
 
 
+def test_columns_are_taken_by_name_in_whatever_order_they_come():
+    made = model(n_iter=2).fit(X, Y, GROUP)
+    assert (made.predict_proba(X[X.columns[::-1]]) == made.predict_proba(X)).all()
+
+
 def test_importing_the_room_imports_neither_scikit_learn_nor_pandas():
     code = "import sys, coterie.tabular; sys.exit(bool({'sklearn', 'pandas'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
