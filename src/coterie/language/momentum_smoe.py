@@ -149,6 +149,7 @@ class ResidualClassifier(nn.Module):
 
     Returns (from forward): logits [N, C] and one Routing per layer.
 
+    >>> import torch
     >>> model = ResidualClassifier(64, 16, 10, layers=2, num_experts=4, make_residual=make_residual(2))
     >>> model(torch.randn(3, 1, 8, 8))[0].shape
     torch.Size([3, 10])
