@@ -89,7 +89,10 @@ def test_numbers_are_standardised_over_the_fitted_frame():
 
 def test_whole_numbers_and_texts_of_one_category_agree():
     encoder = TableEncoder().fit(pd.DataFrame({"t": ["1", "2"]}))
-    assert encoder.transform(pd.DataFrame({"t": [2, 1]})).tolist() == [[0, 1], [1, 0]]
+    for kind in (int, float, np.float32, object, str, "category"):
+        assert encoder.transform(pd.DataFrame({"t": [2, 1]}).astype(kind)).tolist() == [[0, 1], [1, 0]]
+    with_a_gap = pd.DataFrame({"t": [2, None, 1]})  # pandas makes floats of them
+    assert encoder.transform(with_a_gap).tolist() == [[0, 1], [0, 0], [1, 0]]
 
 
 @pytest.mark.parametrize(

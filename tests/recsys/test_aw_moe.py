@@ -123,6 +123,8 @@ def test_the_baselines_are_the_same_ranker_with_another_gate(gate, experts):
         ({}, {"item": "film"}, "no column 'film'"),
         ({}, {"contrastive": 0.1, "mask_prob": 1.0}, "0 ≤ p < 1"),
         ({}, {"history": 0}, "at least 1 item"),
+        ({}, {"epochs": 0}, "epochs=0; should be at least 1"),
+        ({}, {"lr": 0.0}, "lr=0.0; should be above 0"),
     ],
 )
 def test_what_is_wrong_is_named(change, options, message):

@@ -119,6 +119,7 @@ def test_arrays_will_do():
         ({}, {"click": 2.0}, "'click', row 0: 2.0; should be 0, 1"),
         ({}, {"click": "yes"}, "'click', row 0: 'yes'"),
         ({}, "short", "599 rows"),
+        ({"batch_size": 0}, {}, "batch_size=0; should be at least 1"),
     ],
 )
 def test_what_is_wrong_is_named(options, change, message):

@@ -7,6 +7,7 @@ from river.naive_bayes import GaussianNB
 
 from coterie.data import led_drift, sea_drift
 from coterie.stream import DriftMoEClassifier, OnlineRouter, prequential
+from coterie.stream.columns import StreamColumns
 
 SMALL = {"n_experts": 4, "top_k": 2, "hidden": (16, 8), "router_batch": 8, "seed": 0}
 
@@ -253,6 +254,13 @@ def test_an_imputed_nan_is_an_absent_feature():
             x = {"a": float(i % 5), "b": float(i % 3)}
             classifier.learn_one({"a": x["a"], **hole} if i % 4 == 3 else x, i % 2)
     assert absent.predict_proba_one({"a": 1.0}) == imputed.predict_proba_one({"a": 1.0, "b": float("nan")})
+
+
+def test_a_whole_number_is_one_category_however_it_is_written():
+    columns = StreamColumns()
+    columns.learn({"zip": "7"}, row=0)
+    for value in (7, 7.0, np.float32(7), "7"):
+        assert columns.vector({"zip": value}, row=1).tolist() == [1.0]
 
 
 def test_a_table_with_other_features_is_refused():

@@ -96,6 +96,21 @@ def test_frames_with_texts_and_gaps_are_taken_and_unseen_categories_too(tmp_path
         model.predict(frame.astype({"size": object}).assign(size=[1.0, "big"] * 200))
 
 
+def test_arrays_are_frames_whose_columns_have_no_names(tmp_path):
+    x, y = make_friedman1(200, random_state=0)
+    x[::9, 1] = np.nan
+    model = COMETRegressor(epochs=5, random_state=0).fit(x, y)
+    named = pd.DataFrame(x, columns=list("abcdefghij"))
+    same = COMETRegressor(epochs=5, random_state=0).fit(named, y)
+    assert np.array_equal(same.predict(named), model.predict(x))
+    loaded = COMETRegressor.load(model.save(tmp_path / "m"))
+    assert np.array_equal(loaded.predict(x), model.predict(x))
+    with warnings.catch_warnings():  # scikit-learn's, of names that come or go
+        warnings.simplefilter("ignore")
+        assert np.array_equal(same.predict(x), model.predict(x))
+        assert np.array_equal(model.predict(named), model.predict(x))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -297,7 +297,7 @@ X, Y, GROUP = table(60)
         (lambda: model(lam=-1.0).fit(X, Y, GROUP), "lam=-1.0; should be at least 0"),
         (lambda: model(n_experts=0).fit(X, Y, GROUP), "n_experts=0; should be at least 1"),
         (lambda: model(max_experts=1).fit(X, Y, GROUP), "max_experts=1; should be at least 2"),
-        (lambda: model(fairness="parity").fit(X, Y, GROUP), "fairness='parity'; use one of 'dp'"),
+        (lambda: model(fairness="parity").fit(X, Y, GROUP), "fairness='parity'; use one of dp"),
         (lambda: model(merge=1.5).fit(X, Y, GROUP), "merge=1.5; should be a cosine"),
         (lambda: model(learning_rate=0).fit(X, Y, GROUP), "learning_rate=0; should be above 0"),
         (lambda: model(favourable="yes").fit(X, Y, GROUP), r"favourable='yes'; should be one of \[0, 1\]"),
@@ -321,6 +321,11 @@ def test_a_generator_as_random_state_cannot_be_saved(tmp_path):
     made = model(n_iter=1, random_state=np.random.RandomState(0)).fit(X, Y, GROUP)
     with pytest.raises(ValueError, match="use an integer or None"):
         made.save(tmp_path / "saved")
+
+
+def test_columns_are_taken_by_name_in_whatever_order_they_come():
+    made = model(n_iter=2).fit(X, Y, GROUP)
+    assert (made.predict_proba(X[X.columns[::-1]]) == made.predict_proba(X)).all()
 
 
 def test_importing_the_room_imports_neither_scikit_learn_nor_pandas():

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from coterie.data.tables import import_pandas
+from coterie.data.tables import as_texts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 class Vocabulary:
     """Numbers the values of a column from 1; 0 stands for one that is missing, rare, or seen later only.
 
-    7, 7.0 and "7" are one value: a column of whole numbers turns into floats where one is missing.
+    7, 7.0 and "7" are one value, see `as_texts`.
 
     Args:
         min_count: rarer values get 0, and so train what an unseen one is given.
 
-    >>> vocabulary = Vocabulary(min_count=2).fit(import_pandas().Series([7, 8, 7, None]))
-    >>> vocabulary.encode(import_pandas().Series(["7", "8", "9"])).tolist(), len(vocabulary)
+    >>> import pandas as pd
+    >>> vocabulary = Vocabulary(min_count=2).fit(pd.Series([7, 8, 7, None]))
+    >>> vocabulary.encode(pd.Series(["7", "8", "9"])).tolist(), len(vocabulary)
     ([1, 0, 0], 2)
     """
 
@@ -43,11 +44,3 @@ class Vocabulary:
     def __len__(self) -> int:
         """Numbers in use, 0 included."""
         return len(self.values) + 1
-
-
-def as_texts(column: "pd.Series[Any]") -> "pd.Series[Any]":
-    """Values as texts, None where missing: 7, 7.0 and "7" are "7"."""
-    pd = import_pandas()
-    codes, values = pd.factorize(column)  # NaN gets -1
-    texts = [str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in values]
-    return pd.Series(np.array([*texts, None], dtype=object)[codes], index=column.index, dtype=object)

@@ -81,25 +81,48 @@ def check_columns(frame: "pd.DataFrame", names: Sequence[str], where: str = "the
         raise ValueError(f"{where} has no column {', '.join(map(repr, missing))}; it has {there}")
 
 
+def as_texts(column: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Values as texts, None where missing: 7, 7.0 and "7" are "7".
+
+    A column of whole numbers turns into floats where one of them is missing, in one file and not in the next.
+    """
+    pd = import_pandas()
+    codes, values = pd.factorize(column)  # missing ones get -1
+    texts = [as_text(value) for value in values]
+    return pd.Series(np.array([*texts, None], dtype=object)[codes], index=column.index, dtype=object)
+
+
+def as_text(value: Any) -> str:
+    """One value as a text.
+
+    >>> [as_text(value) for value in (7, 7.0, np.float32(7), "7", 7.5)]
+    ['7', '7', '7', '7', '7.5']
+    """
+    whole = isinstance(value, float | np.floating) and float(value).is_integer()
+    return str(int(value)) if whole else str(value)
+
+
 class TableEncoder:
     """Turns a frame's columns into standardised float32 features, the same way for every later frame.
 
     Numbers (and truth values) are standardised with the mean and deviation of the frame it was fitted on; a
     missing one becomes the mean, and a column that missed some then gets a second feature that says so.
     Everything else is a category: one feature per value seen at least `min_count` times, all zero for a
-    missing or an unseen one.
+    missing or an unseen one. The categories 7, 7.0 and "7" are one.
 
     Args:
         min_count: rarer categories count as unseen.
         max_categories: the most per column; a column with more distinct values is refused as an identifier.
 
     After `fit`: `columns`, the names it reads; `feature_names`, one per output; `source`, the input column of
-    each output.
+    each output; `blocks`, the outputs of each column.
 
     >>> pd = import_pandas()
     >>> encoder = TableEncoder().fit(pd.DataFrame({"age": [20.0, 40.0, None], "job": ["a", "b", "a"]}))
     >>> encoder.feature_names
     ['age', 'age is missing', 'job=a', 'job=b']
+    >>> encoder.blocks
+    [[0, 1], [2, 3]]
     >>> encoder.transform(pd.DataFrame({"job": ["c"], "age": [40.0]})).tolist()
     [[1.0, 0.0, 0.0, 0.0]]
     >>> TableEncoder.from_dict(encoder.to_dict()).feature_names == encoder.feature_names
@@ -129,7 +152,7 @@ class TableEncoder:
                 known = values[~missing] if not missing.all() else np.zeros(1)
                 self._numbers[name] = (float(known.mean()), float(known.std()) or 1.0, bool(missing.any()))
             else:
-                counts = _texts(frame, name).value_counts()
+                counts = as_texts(frame[name]).value_counts()
                 kept = sorted(counts.index[counts >= self.min_count])
                 if len(kept) > self.max_categories:
                     raise ValueError(
@@ -147,6 +170,12 @@ class TableEncoder:
     def source(self) -> list[str]:
         return [name for name, features in self._features() for _ in features]
 
+    @property
+    def blocks(self) -> list[list[int]]:
+        """For each column the places of its features."""
+        source = self.source
+        return [[j for j, name in enumerate(source) if name == column] for column in self.columns]
+
     def transform(self, frame: "pd.DataFrame") -> npt.NDArray[np.float32]:
         """Features [rows, len(feature_names)].
 
@@ -163,7 +192,7 @@ class TableEncoder:
                 if flagged:
                     parts.append(missing[:, None])
             else:
-                texts = _texts(frame, name).to_numpy(dtype=object, na_value=None)
+                texts = as_texts(frame[name]).to_numpy(dtype=object)
                 parts.append(texts[:, None] == np.array([*self._categories[name]], dtype=object)[None, :])
         return np.concatenate([np.zeros((len(frame), 0)), *parts], axis=1).astype(np.float32)
 
@@ -230,9 +259,3 @@ def _floats(frame: "pd.DataFrame", name: str) -> npt.NDArray[np.float64]:
             f"column {name!r}, row {frame.index[infinite[0]]}: infinite; should be a finite number"
         )
     return values
-
-
-def _texts(frame: "pd.DataFrame", name: str) -> "pd.Series[Any]":
-    """As text, missing ones left missing: 1 and "1" are one category."""
-    column = frame[name]
-    return column.astype(object).where(column.notna(), None).map(lambda v: None if v is None else str(v))

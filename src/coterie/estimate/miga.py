@@ -35,7 +35,7 @@ def fit(data: Path, columns: Columns, options: dict[str, Any]) -> Fitted:
     if chosen is not None:
         check_columns(panel, chosen, str(data))
     model = MIGARegressor(columns.target[0], features=chosen, **options)
-    horizon = model.parameters["horizon"]
+    horizon = model.horizon
     days = panel.index.get_level_values(0).unique()
     usable = len(days) - 2 * horizon
     valid, test = int(0.15 * usable), int(0.25 * usable)
@@ -50,7 +50,7 @@ def fit(data: Path, columns: Columns, options: dict[str, Any]) -> Fitted:
         **ic_report(score, label),
         "epochs": len(model.history_.loss),
     }
-    if model.parameters["target_is"] != "return" and horizon == 1:
+    if model.target_is != "return" and horizon == 1:
         names = max(1, int(score.groupby(level=0).size().mean() / 10))
         traded = topn_backtest(score, label, names)
         report["names held"] = names

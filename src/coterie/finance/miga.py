@@ -18,12 +18,13 @@ from coterie.finance.network import MIGA
 from coterie.finance.train import Epochs, score_by_day, train_by_day
 from coterie.finance.windows import TARGETS, WindowReader
 from coterie.models import load_estimator, save_estimator
+from coterie.models.estimator import BaseEstimator, check_above, check_at_least, check_choice
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-class MIGARegressor:
+class MIGARegressor(BaseEstimator):  # type: ignore[misc]
     """Scores every instrument of a panel every day; higher is expected to earn more than the others that day.
 
     Features are scored within their day, robustly, before they are seen; days of a window follow each other
@@ -59,8 +60,6 @@ class MIGARegressor:
     After `fit`: `model_`, `features_`, `history_` (see `Epochs`), `expert_usage_` [E], the share of
     validation slots at each expert.
 
-    Raises ValueError for arguments out of range.
-
     >>> from coterie.finance.style_panel import style_panel
     >>> panel, _ = style_panel(stocks=20, days=60, styles=4)
     >>> model = MIGARegressor(epochs=2).fit(panel.loc[:39], panel.loc[:59])
@@ -94,10 +93,13 @@ class MIGARegressor:
         lr: float = 5e-3,
         random_state: int = 0,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "encoder")}
-        self.parameters: dict[str, Any] = given
-        self.encoder = encoder
-        _check(given)
+        self.target, self.target_is, self.horizon = target, target_is, horizon
+        self.features, self.tradable, self.window = features, tradable, window
+        self.backbone, self.encoder, self.width = backbone, encoder, width
+        self.n_groups, self.experts_per_group, self.top_k = n_groups, experts_per_group, top_k
+        self.expert_dim, self.group_attention = expert_dim, group_attention
+        self.loss, self.balance, self.auxiliary = loss, balance, auxiliary
+        self.epochs, self.patience, self.lr, self.random_state = epochs, patience, lr, random_state
 
     def fit(self, panel: "pd.DataFrame", valid: "pd.DataFrame") -> "MIGARegressor":
         """Learns from every labelled day of `panel`, and keeps the epoch that ranks `valid` best.
@@ -107,26 +109,27 @@ class MIGARegressor:
             valid: the same columns. Its days up to the last training day are history for its windows, and
                 the `horizon` days after that are left out, since training labels reach into them.
 
-        Raises ValueError: what `panel_frame` and `daily_features` refuse; no numeric feature; no labelled day
-        to learn from, or none to validate on after the gap.
+        Raises ValueError: arguments out of range; what `panel_frame` and `daily_features` refuse; no numeric
+        feature; no labelled day to learn from, or none to validate on after the gap.
         """
-        p, reader = self.parameters, self.reader()
+        _check(self)
+        reader = self.reader()
         self.features_ = reader.feature_names(panel)
         train, held_out = reader.for_training(panel, valid)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(p["random_state"])
+            torch.manual_seed(self.random_state)
             self.model_ = self._network()
             self.history_: Epochs = train_by_day(
                 self.model_,
                 train,
                 held_out,
-                loss=p["loss"],
-                balance_weight=p["balance"],
-                auxiliary_weight=p["auxiliary"],
-                epochs=p["epochs"],
-                patience=p["patience"],
-                lr=p["lr"],
-                seed=p["random_state"],
+                loss=self.loss,
+                balance_weight=self.balance,
+                auxiliary_weight=self.auxiliary,
+                epochs=self.epochs,
+                patience=self.patience,
+                lr=self.lr,
+                seed=self.random_state,
             )
         used_E = (self._route(held_out) > 0).sum().to_numpy()
         self.expert_usage_: list[float] = (used_E / used_E.sum()).tolist()
@@ -155,9 +158,8 @@ class MIGARegressor:
             "history": vars(self.history_),
             "encoder": type(self.encoder).__name__ if self.encoder is not None else None,
         }
-        return save_estimator(
-            folder, "MIGARegressor", parameters=self.parameters, learnt=learnt, tensors=tensors
-        )
+        parameters = {name: value for name, value in self.get_params().items() if name != "encoder"}
+        return save_estimator(folder, "MIGARegressor", parameters=parameters, learnt=learnt, tensors=tensors)
 
     @classmethod
     def load(cls, folder: str | Path, *, encoder: nn.Module | None = None) -> "MIGARegressor":
@@ -186,7 +188,7 @@ class MIGARegressor:
     def reader(self) -> WindowReader:
         """What turns a panel into the windows that this estimator sees, for other models to compare with."""
         names = ("target", "target_is", "horizon", "features", "tradable", "window")
-        return WindowReader(**{name: self.parameters[name] for name in names})
+        return WindowReader(**{name: getattr(self, name) for name in names})
 
     def _fitted(self) -> nn.Module:
         if not hasattr(self, "model_"):
@@ -194,18 +196,26 @@ class MIGARegressor:
         return self.model_
 
     def _network(self) -> MIGA:
-        p, features = self.parameters, len(self.features_)
+        features, width = len(self.features_), self.width
         if self.encoder is None:
-            encoder, width = BACKBONES[p["backbone"]](features, p["width"], p["window"]), p["width"]
+            encoder = BACKBONES[self.backbone](features, width, self.window)
         else:
             encoder = copy.deepcopy(self.encoder)
             with torch.no_grad():
-                out: Tensor = encoder(torch.zeros(2, p["window"], features))
+                out: Tensor = encoder(torch.zeros(2, self.window, features))
             if out.dim() != 2 or len(out) != 2:
                 raise ValueError(f"the encoder gives {tuple(out.shape)} for 2 windows; should be [2, width]")
             width = out.shape[1]
-        shape = ("n_groups", "experts_per_group", "top_k", "expert_dim", "group_attention")
-        return MIGA(encoder, width, auxiliary=p["auxiliary"] > 0, **{name: p[name] for name in shape})
+        return MIGA(
+            encoder,
+            width,
+            n_groups=self.n_groups,
+            experts_per_group=self.experts_per_group,
+            top_k=self.top_k,
+            expert_dim=self.expert_dim,
+            group_attention=self.group_attention,
+            auxiliary=self.auxiliary > 0,
+        )
 
     def _windows(self, panel: "pd.DataFrame") -> PanelWindows:
         self._fitted()
@@ -222,24 +232,17 @@ class MIGARegressor:
         return pd.DataFrame(torch.cat(weights).numpy(), rows, names)
 
 
-def _check(p: dict[str, Any]) -> None:
-    for name in ("n_groups", "experts_per_group", "expert_dim", "window", "horizon", "width", "epochs"):
-        if p[name] < 1:
-            raise ValueError(f"{name}={p[name]}; should be at least 1")
-    experts = p["n_groups"] * p["experts_per_group"]
-    if not 1 <= p["top_k"] <= experts:
+def _check(model: MIGARegressor) -> None:
+    sizes = ("n_groups", "experts_per_group", "expert_dim", "window", "horizon", "width", "epochs")
+    check_at_least(model, 1, *sizes)
+    experts = model.n_groups * model.experts_per_group
+    if not 1 <= model.top_k <= experts:
         raise ValueError(
-            f"top_k={p['top_k']} of {p['n_groups']} × {p['experts_per_group']} experts; "
+            f"top_k={model.top_k} of {model.n_groups} × {model.experts_per_group} experts; "
             f"use 1 ≤ top_k ≤ {experts}"
         )
-    for name, known in (
-        ("backbone", BACKBONES),
-        ("loss", LOSSES),
-        ("target_is", TARGETS),
-    ):
-        if p[name] not in known:
-            raise ValueError(f"{name}={p[name]!r}; use one of {', '.join(known)}")
-    if p["balance"] < 0 or p["auxiliary"] < 0 or not p["lr"] > 0:
-        raise ValueError(
-            f"balance={p['balance']}, auxiliary={p['auxiliary']}, lr={p['lr']}; should be ≥ 0, ≥ 0 and > 0"
-        )
+    check_choice("backbone", model.backbone, BACKBONES)
+    check_choice("loss", model.loss, LOSSES)
+    check_choice("target_is", model.target_is, TARGETS)
+    check_at_least(model, 0, "balance", "auxiliary")
+    check_above(model, 0, "lr")

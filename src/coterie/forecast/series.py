@@ -35,6 +35,12 @@ class Series:
         times_T = None if self.times_T is None else self.times_T[-rows:]
         return Series(self.values_TC[-rows:], self.names, times_T, self.step)
 
+    def times_until(self, later: int) -> npt.NDArray[np.datetime64] | None:
+        """Times of the rows and of so many rows after them; None without times."""
+        if self.times_T is None:
+            return None
+        return np.concatenate([self.times_T, later_times(self.times_T[-1], self.step, later)])
+
 
 def steps_per_day(step: str) -> int | None:
     """How many steps a day has, such as 24 for "1h"; None where they do not divide it.

@@ -3,11 +3,10 @@
 Source: Fan, Li, Weng, Zhou 2025 (SMETimes, arXiv 2503.03594). The network is `coterie.forecast.network`.
 """
 
-import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,21 +14,21 @@ import torch
 from torch import Tensor
 
 from coterie.data import import_pandas
-from coterie.forecast.backbone import TINY, Backbone, load_backbone, untrained_tiny
-from coterie.forecast.network import SMETimes, roll
+from coterie.forecast.backbone import TINY, Backbone, load_backbone
+from coterie.forecast.backtest import expert_usage, forecast_errors, forecast_windows, squared_error
+from coterie.forecast.network import SMETimes
 from coterie.forecast.prompts import Pool, Prompt, PromptEncoder
+from coterie.forecast.saving import load, save
 from coterie.forecast.series import Series, later_times, read_series, steps_per_day
-from coterie.forecast.training import Trained, train
-from coterie.forecast.windows import Windows, repeat_last, spread_starts
-from coterie.models import load_estimator, save_estimator
+from coterie.forecast.training import train
+from coterie.forecast.windows import Windows, spread_starts
+from coterie.models.estimator import BaseEstimator, check_above, check_at_least, check_choice
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_CHUNK = 512  # windows in one pass without gradients
 
-
-class SMETimesForecaster:
+class SMETimesForecaster(BaseEstimator):  # type: ignore[misc]
     """Forecasts every column of a table over time, in scikit-learn's manner.
 
     Columns are forecast one by one by the same network ("channel-independent"), each from its own past.
@@ -114,11 +113,6 @@ class SMETimesForecaster:
         self.balance_coef, self.backbone, self.cache, self.stride = balance_coef, backbone, cache, stride
         self.epochs, self.patience, self.batch_size, self.lr = epochs, patience, batch_size, lr
         self.validation, self.random_state = validation, random_state
-        self._parameters = list(vars(self))
-
-    def get_params(self) -> dict[str, Any]:
-        """The arguments, by name."""
-        return {name: getattr(self, name) for name in self._parameters}
 
     def fit(
         self, df: "pd.DataFrame", time_col: str | None = None, columns: Sequence[str] | None = None
@@ -136,7 +130,7 @@ class SMETimesForecaster:
         series = read_series(df, time_col, columns)
         rows = len(series.values_TC)
         first_held = rows - round(self.validation * rows)
-        shortest = max(self.seq_len + self.token_len, 2)
+        shortest = self.seq_len + self.token_len
         if first_held < shortest or rows - first_held < self.horizon:
             raise ValueError(
                 f"{rows} rows leave {first_held} to train on and {rows - first_held} for validation="
@@ -144,8 +138,8 @@ class SMETimesForecaster:
                 f"{shortest} to train on, horizon={self.horizon} that many for validation"
             )
         self.time_col_, self.columns_, self.step_ = time_col, series.names, series.step
-        self.mean_ = series.values_TC[:first_held].mean(0)
-        deviation_C = series.values_TC[:first_held].std(0)
+        fitted_TC = series.values_TC[:first_held]
+        self.mean_, deviation_C = fitted_TC.mean(0), fitted_TC.std(0)
         self.deviation_ = np.where(deviation_C > 0, deviation_C, 1.0)
         seed = np.random.SeedSequence(self.random_state).generate_state(1)[0]
         with torch.random.fork_rng(devices=[]):
@@ -166,7 +160,7 @@ class SMETimesForecaster:
         """
         series = self._read(df, self.seq_len).tail(self.seq_len)
         windows = self._windows(series, torch.zeros(1, dtype=torch.int64))
-        forecast_CH = self._roll(windows, torch.arange(len(self.columns_)), self.horizon)
+        forecast_CH = forecast_windows(self.model_, windows, torch.arange(windows.count), self.horizon)
         values_HC = forecast_CH.T.double().numpy() * self.deviation_ + self.mean_
         frame = import_pandas().DataFrame(values_HC, columns=self.columns_)
         if series.times_T is not None:
@@ -197,19 +191,9 @@ class SMETimesForecaster:
         horizon = self.horizon if horizon is None else horizon
         series = self._read(df, self.seq_len + horizon)
         starts_W = torch.arange(0, len(series.values_TC) - self.seq_len - horizon + 1, stride)
-        windows, sums = self._windows(series, starts_W), np.zeros(4)
         period = min(steps_per_day(series.step) or self.token_len, self.seq_len)
-        for rows in _chunks(windows.count):
-            true_BH = windows.steps(rows, self.seq_len, horizon)
-            forecast_BH = self._roll(windows, rows, horizon, oracle_BH=true_BH if oracle_prompt else None)
-            repeated_BH = repeat_last(windows.steps(rows, 0, self.seq_len), period, horizon)
-            for place, guess_BH in enumerate((forecast_BH, repeated_BH)):
-                error_BH = (guess_BH - true_BH).double()
-                sums[2 * place] += error_BH.square().sum().item()
-                sums[2 * place + 1] += error_BH.abs().sum().item()
-        names = ("mse", "mae", "naive mse", "naive mae")
-        means = dict(zip(names, (sums / (windows.count * horizon)).tolist(), strict=True))
-        return {**means, "forecasts": windows.count}
+        windows = self._windows(series, starts_W)
+        return forecast_errors(self.model_, windows, horizon, period=period, oracle_prompt=oracle_prompt)
 
     def save(self, folder: str | Path) -> Path:
         """Writes estimator.json and weights.safetensors: what was trained, the backbone's name and digest.
@@ -219,21 +203,7 @@ class SMETimesForecaster:
         Raises ValueError before `fit`, or when the folder holds something else.
         """
         self._check_fitted()
-        backbone = self.model_.backbone
-        tensors = self.model_.state_dict() if backbone.name == TINY else self.model_.trained()
-        learnt = {
-            "time_col": self.time_col_,
-            "columns": self.columns_,
-            "step": self.step_,
-            "mean": self.mean_.tolist(),
-            "deviation": self.deviation_.tolist(),
-            "usage": self.expert_usage_by_column_.tolist(),
-            "history": vars(self.history_),
-            "backbone": {"name": backbone.name, "digest": backbone.digest},
-        }
-        return save_estimator(
-            folder, type(self).__name__, parameters=self.get_params(), learnt=learnt, tensors=tensors
-        )
+        return save(self, folder)
 
     @classmethod
     def load(cls, folder: str | Path, *, backbone: str | None = None) -> "SMETimesForecaster":
@@ -245,31 +215,7 @@ class SMETimesForecaster:
 
         Raises ValueError: another kind of estimator, or a backbone with other weights than it was fitted on.
         """
-        parameters, learnt, tensors = load_estimator(folder, cls.__name__)
-        wanted = learnt["backbone"]
-        if backbone is not None:
-            parameters["backbone"] = backbone
-        estimator = cls(**parameters)
-        is_tiny = estimator.backbone == TINY
-        language_model = untrained_tiny() if is_tiny else load_backbone(estimator.backbone)
-        with torch.random.fork_rng(devices=[]):
-            estimator.model_ = estimator._build(language_model)
-        if is_tiny == (wanted["name"] == TINY):
-            estimator.model_.load_state_dict(tensors, strict=is_tiny)
-        found = estimator.model_.backbone.digest
-        if found != wanted["digest"]:
-            raise ValueError(
-                f"{folder} was fitted on the backbone {wanted['name']!r} with digest "
-                f"{wanted['digest'][:12]}…, but that of {estimator.backbone!r} is {found[:12]}…; give the "
-                "folder of the same model as backbone="
-            )
-        estimator.model_.eval()
-        estimator.time_col_, estimator.columns_ = learnt["time_col"], learnt["columns"]
-        estimator.step_ = learnt["step"]
-        estimator.mean_, estimator.deviation_ = np.array(learnt["mean"]), np.array(learnt["deviation"])
-        estimator.history_ = Trained(**learnt["history"])
-        estimator._set_usage(np.array(learnt["usage"]))
-        return estimator
+        return load(cls, folder, backbone=backbone)
 
     def _build(self, backbone: Backbone) -> SMETimes:
         return SMETimes(
@@ -286,71 +232,33 @@ class SMETimesForecaster:
     def _train(self, series: Series, first_held: int, generator: torch.Generator) -> None:
         span = self.seq_len + self.token_len
         fitted = self._windows(series, spread_starts(first_held - span + 1, self.stride, self.token_len))
-        last = len(series.values_TC) - self.seq_len - self.horizon
+        end = len(series.values_TC) - self.seq_len - self.horizon + 1
         step = self.token_len // 4 | 1  # odd: a divisor of the day would test some hours of it only
-        starts_W = torch.arange(max(first_held - self.seq_len, 0), last + 1, step)
-        held = self._windows(series, starts_W)
-        true_BH = held.steps(torch.arange(held.count), self.seq_len, self.horizon)
-
-        def samples(rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-            target_BL = fitted.steps(rows, self.token_len, self.seq_len)
-            return fitted.steps(rows, 0, self.seq_len), target_BL, fitted.prompts(rows)
-
-        def validate() -> float:
-            chunks = _chunks(held.count)
-            forecast_BH = torch.cat([self._roll(held, rows, self.horizon) for rows in chunks])
-            return (forecast_BH - true_BH).square().mean().item()
-
+        held = self._windows(series, torch.arange(max(first_held - self.seq_len, 0), end, step))
         self.history_ = train(
             self.model_,
-            samples,
+            fitted.samples,
             fitted.count,
             epochs=self.epochs,
             batch_size=self.batch_size,
             lr=self.lr,
             balance_coef=self.balance_coef,
             generator=generator,
-            validate=validate,
+            validate=lambda: squared_error(self.model_, held, self.horizon),
             patience=self.patience,
         )
-        self._set_usage(self._measure_usage(held))
-
-    @torch.no_grad()
-    def _measure_usage(self, windows: Windows) -> npt.NDArray[np.float64]:
-        weights = []
-        for rows in _chunks(windows.count):
-            _, routing = self.model_(windows.steps(rows, 0, self.seq_len), windows.prompts(rows))
-            weights.append(routing.weights_TE.view(len(rows), -1, self.num_experts).mean(1))
-        columns = len(self.columns_)
-        return torch.cat(weights).view(columns, -1, self.num_experts).mean(1).double().numpy()
+        self._set_usage(expert_usage(self.model_, held))
 
     def _set_usage(self, usage_CK: npt.NDArray[np.float64]) -> None:
         self.expert_usage_by_column_ = usage_CK
         self.expert_usage_ = usage_CK.mean(0)
         self.prompt_share_ = 0.0 if self.prompt == "none" else self.model_.prompt_share
 
-    def _roll(
-        self, windows: Windows, rows: Tensor, horizon: int, *, oracle_BH: Tensor | None = None
-    ) -> Tensor:
-        return roll(
-            self.model_,
-            windows.steps(rows, 0, self.seq_len),
-            horizon,
-            prompts_BND=windows.prompts(rows),
-            prompt_of=lambda patch_BP, first: windows.prompt(rows, patch_BP, first),
-            oracle_BH=oracle_BH,
-        )
-
     def _windows(self, series: Series, starts_W: Tensor) -> Windows:
         values_CT = torch.from_numpy(((series.values_TC - self.mean_) / self.deviation_).T).float()
-        times_T = series.times_T
-        if times_T is not None:  # prompts of forecast patches name times after the table's end
-            times_T = np.concatenate([times_T, later_times(times_T[-1], series.step, self.horizon)])
-        encoder = None
+        encoder, backbone = None, self.model_.backbone
         if self.prompt != "none":
-            encoder = PromptEncoder(
-                self.model_.backbone, prompt=self.prompt, pool=self.prompt_pool, cache=self.cache
-            )
+            encoder = PromptEncoder(backbone, prompt=self.prompt, pool=self.prompt_pool, cache=self.cache)
         return Windows(
             values_CT.contiguous(),
             starts_W,
@@ -358,7 +266,7 @@ class SMETimesForecaster:
             token_len=self.token_len,
             encoder=encoder,
             names=series.names,
-            times_T=times_T,
+            times_T=series.times_until(self.horizon),  # prompts of forecast patches name times after its end
         )
 
     def _read(self, df: "pd.DataFrame", rows: int) -> Series:
@@ -367,10 +275,8 @@ class SMETimesForecaster:
         if len(series.values_TC) < rows:
             raise ValueError(f"the table has {len(series.values_TC)} rows; should have at least {rows}")
         if series.step != self.step_:
-            raise ValueError(
-                f"the table's rows are {series.step!r} apart, those it was fitted on {self.step_!r}; "
-                "resample it"
-            )
+            found, wanted = repr(series.step), repr(self.step_)
+            raise ValueError(f"rows are {found} apart, those it was fitted on {wanted}; resample the table")
         return series
 
     def _check_fitted(self) -> None:
@@ -378,30 +284,16 @@ class SMETimesForecaster:
             raise ValueError("this SMETimesForecaster is not fitted; call fit first")
 
     def _check(self) -> None:
-        whole = {
-            name: getattr(self, name) for name in ("horizon", "stride", "epochs", "patience", "batch_size")
-        }
-        for name, value in whole.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}; should be at least 1")
+        check_at_least(self, 1, "horizon", "stride", "epochs", "patience", "batch_size")
+        check_at_least(self, 0, "balance_coef")
+        check_above(self, 0, "lr")
         if not 0 < self.validation < 1:
             raise ValueError(f"validation={self.validation:g}; should be a share between 0 and 1")
-        if not (self.lr > 0 and math.isfinite(self.lr)) or self.balance_coef < 0:
-            raise ValueError(
-                f"lr={self.lr:g}, balance_coef={self.balance_coef:g}; should be above 0, and at least 0"
-            )
-        choices = {"prompt": ("stats", "time", "none"), "prompt_pool": ("last", "mean")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}; use one of {', '.join(known)}")
+        check_choice("prompt", self.prompt, ("stats", "time", "none"))
+        check_choice("prompt_pool", self.prompt_pool, ("last", "mean"))
         if self.num_experts == 1:
             warnings.warn(
                 "num_experts=1: the gate's one weight is always 1, so the mixture is a plain linear layer; "
                 "use 2 or more experts",
-                UserWarning,
                 stacklevel=3,
             )
-
-
-def _chunks(count: int) -> list[Tensor]:
-    return [torch.arange(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]

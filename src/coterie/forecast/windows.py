@@ -40,7 +40,7 @@ class Windows:
         times_T: Times | None = None,
     ) -> None:
         self.values_CT, self.starts_W, self.count = values_CT, starts_W, len(values_CT) * len(starts_W)
-        self.token_len, self.encoder, self.times_T = token_len, encoder, times_T
+        self.seq_len, self.token_len, self.encoder, self.times_T = seq_len, token_len, encoder, times_T
         self._patches_N = torch.arange(0, seq_len, token_len)
         if encoder is not None:
             self._starts_S = torch.unique(starts_W.unsqueeze(1) + self._patches_N)
@@ -54,6 +54,11 @@ class Windows:
         """[B, length]: values of some windows from `offset` steps after their begin."""
         series_B, starts_B = self._place(rows_B)
         return self.values_CT[series_B.unsqueeze(1), starts_B.unsqueeze(1) + offset + torch.arange(length)]
+
+    def samples(self, rows_B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Some windows [B, L], what follows each of their steps by P [B, L], and their prompts."""
+        target_BL = self.steps(rows_B, self.token_len, self.seq_len)
+        return self.steps(rows_B, 0, self.seq_len), target_BL, self.prompts(rows_B)
 
     def prompts(self, rows_B: Tensor) -> Tensor | None:
         """[B, L/P, D]: the prompts of some windows' patches; None without."""

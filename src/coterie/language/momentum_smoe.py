@@ -9,8 +9,9 @@ Source: Teo and Nguyen 2024 (MomentumSMoE, arXiv 2410.14574).
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from coterie.models import Decoder, DecoderConfig
 from coterie.nn import (
@@ -22,6 +23,7 @@ from coterie.nn import (
     PlainResidual,
     Residual,
     Router,
+    Routing,
     SwiGLU,
     TopK,
     robust_momentum,
@@ -132,3 +134,54 @@ def with_momentum(
     for i in chosen:
         model.layers[i].residual = MomentumResidual(mu, gamma)
     return model
+
+
+class ResidualClassifier(nn.Module):
+    """Vectors to classes by mixtures of experts that join a residual stream, and nothing else.
+
+    Args:
+        dim_in: width of an input [N, …], flattened.
+        dim: D, width of the stream and of an expert.
+        classes: C.
+        layers: how many mixtures, each x ← residual(x, SMoE(LayerNorm x)).
+        num_experts: E, ReLU, behind a top-2 gate with a bias.
+        make_residual: layer index → how it joins.
+
+    Returns (from forward): logits [N, C] and one Routing per layer.
+
+    >>> import torch
+    >>> model = ResidualClassifier(64, 16, 10, layers=2, num_experts=4, make_residual=make_residual(2))
+    >>> model(torch.randn(3, 1, 8, 8))[0].shape
+    torch.Size([3, 10])
+    """
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim: int,
+        classes: int,
+        *,
+        layers: int,
+        num_experts: int,
+        make_residual: Callable[[int], Residual],
+    ) -> None:
+        super().__init__()
+        self.read = nn.Linear(dim_in, dim)
+        self.write = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, classes))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(layers))
+        self.moes = nn.ModuleList(
+            MoE(
+                Router(LinearScore(dim, num_experts, bias=True), TopK(2)),
+                MLPExperts(num_experts, dim, dim, bias=False, activation="relu"),
+            )
+            for _ in range(layers)
+        )
+        self.residuals: Any = nn.ModuleList(make_residual(layer) for layer in range(layers))  # type: ignore[misc]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Routing]]:
+        x_ND, state, routings = self.read(x.flatten(1)), None, list[Routing]()
+        for norm, moe, residual in zip(self.norms, self.moes, self.residuals, strict=True):
+            update_ND, routing = moe(norm(residual.point(x_ND, state)))
+            x_ND, state = residual(x_ND, update_ND, state)
+            routings.append(routing)
+        return self.write(x_ND), routings

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coterie.data import check_columns, import_pandas
+from coterie.data.tables import as_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,7 +85,7 @@ class Covariates:
         for name in self.columns:
             if not _is_number(frame[name]):
                 _no_missing(frame[name], rows)
-                self.categories[name] = sorted({str(value) for value in frame[name]})
+                self.categories[name] = sorted({as_text(value) for value in frame[name]})
         raw, names = self._raw(frame, rows)
         self.names = ["Intercept", *names]
         self.means, self.deviations = raw.mean(0).tolist(), raw.std(0).tolist()
@@ -156,7 +157,7 @@ def _no_missing(column: "pd.Series[Any]", rows: Sequence[Any] | None) -> None:
 
 def _texts(column: "pd.Series[Any]", known: list[str], rows: Sequence[Any] | None) -> npt.NDArray[np.str_]:
     _no_missing(column, rows)
-    texts = [str(value) for value in column]
+    texts = [as_text(value) for value in column]
     unseen = sorted({*texts} - {*known})
     if unseen:
         raise ValueError(f"covariate {column.name!r} is {unseen[0]!r}; fitted were {', '.join(known)}")

@@ -15,6 +15,7 @@ from coterie.longitudinal.estimation import maximize_by_em, maximize_directly
 from coterie.longitudinal.growth_mixture import GrowthMixture
 from coterie.longitudinal.panel import Panel
 from coterie.longitudinal.start import cluster, person_factors, start_from
+from coterie.models.estimator import check_at_least, check_choice
 
 if TYPE_CHECKING:
     from coterie.longitudinal.trajectory_moe import TrajectoryMoE
@@ -123,15 +124,10 @@ def check_panel(panel: Panel, curve: Curve) -> None:
 
 def check_options(model: "TrajectoryMoE") -> None:
     """ValueError for options that are unknown, out of range, or contradict each other."""
-    for name, value, allowed in (
-        ("curve", model.curve, [*CURVES]),
-        ("covariates", model.covariates, ["conditional", "joint"]),
-        ("method", model.method, ["lbfgs", "em"]),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r}; use one of {', '.join(allowed)}")
-    if model.n_classes < 1 or model.n_init < 1:
-        raise ValueError(f"n_classes={model.n_classes}, n_init={model.n_init}; both should be at least 1")
+    check_choice("curve", model.curve, CURVES)
+    check_choice("covariates", model.covariates, ("conditional", "joint"))
+    check_choice("method", model.method, ("lbfgs", "em"))
+    check_at_least(model, 1, "n_classes", "n_init")
     if model.covariates == "joint":
         both = {*terms_of(model.gate)} & {*terms_of(model.experts)}
         if both or not model.experts:

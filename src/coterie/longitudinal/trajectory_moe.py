@@ -1,6 +1,5 @@
 """`TrajectoryMoE`: latent classes of growth, with covariates on membership and on growth within a class."""
 
-import inspect
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +18,7 @@ from coterie.longitudinal.growth_mixture import GrowthMixture
 from coterie.longitudinal.inference import parameter_names, parameter_vector, summary_table, summary_text
 from coterie.longitudinal.panel import Layout, Panel, read_panel
 from coterie.models import load_estimator, save_estimator
+from coterie.models.estimator import BaseEstimator
 from coterie.nn import Routing
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _LEARNT = (
 )
 
 
-class TrajectoryMoE:
+class TrajectoryMoE(BaseEstimator):  # type: ignore[misc]
     """Growth mixture model: K classes of growth curves (experts) behind a multinomial logit (gate).
 
     A covariate of the gate says who belongs to which class, one of the experts why persons of one class
@@ -215,7 +215,7 @@ class TrajectoryMoE:
         return save_estimator(
             folder,
             "TrajectoryMoE",
-            parameters=self._options(),
+            parameters=self.get_params(),
             learnt={
                 "gate": self.gate_covariates_.to_dict(),
                 "experts": self.expert_covariates_.to_dict(),
@@ -297,6 +297,3 @@ class TrajectoryMoE:
 
     def _index(self, panel: Panel) -> "pd.Index[Any]":
         return import_pandas().Index(panel.persons, name=self.person)
-
-    def _options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in inspect.signature(TrajectoryMoE).parameters}

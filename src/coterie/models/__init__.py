@@ -1,8 +1,9 @@
 """Small reference backbones made of the core."""
 
 from coterie.models.active import active_parameters, forward_flops
+from coterie.models.cache import Cache
 from coterie.models.checkpoint import from_transformers, load_pretrained, save_pretrained, to_transformers
-from coterie.models.decoder import Cache, Decoder, DecoderConfig
+from coterie.models.decoder import Decoder, DecoderConfig
 from coterie.models.encoder import Encoder
 from coterie.models.generate import generate
 from coterie.models.saved import estimator_kind, load_estimator, new_folder, save_estimator

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from coterie.models.cache import Cache, LayerCache
 from coterie.nn import (
     AttentionHeads,
     DepthState,
@@ -120,7 +121,7 @@ class Decoder(nn.Module):
         self._init_weights()
 
     def forward(
-        self, ids_BS: Tensor, *, mask: Tensor | None = None, cache: "Cache | None" = None
+        self, ids_BS: Tensor, *, mask: Tensor | None = None, cache: Cache | None = None
     ) -> tuple[Tensor, list[Routing]]:
         """See the class.
 
@@ -198,7 +199,7 @@ class DecoderLayer(nn.Module):
         self,
         x_BSD: Tensor,
         rotation: tuple[Tensor, Tensor],
-        cache: "LayerCache | None",
+        cache: LayerCache | None,
         context: dict[str, Any],
         state: DepthState | None,
     ) -> tuple[Tensor, Routing | None, DepthState | None]:
@@ -232,7 +233,7 @@ class Attention(nn.Module):
         self,
         x_BSD: Tensor,
         rotation: tuple[Tensor, Tensor],
-        cache: "LayerCache | None",
+        cache: LayerCache | None,
         mask_BS: Tensor | None,
     ) -> tuple[Tensor, AttentionHeads]:
         batch, length, _ = x_BSD.shape
@@ -280,25 +281,3 @@ def rotate(x_BHSC: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = (r.to(x_BHSC.dtype) for r in rotation)
     first, second = x_BHSC.chunk(2, dim=-1)
     return x_BHSC * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-class LayerCache:
-    """Keys and values of one layer so far, [B, Hkv, S, C], and what its router keeps of earlier positions."""
-
-    def __init__(self) -> None:
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
-        self.routing: dict[str, Tensor] = {}
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.k = k if self.k is None else torch.cat((self.k, k), dim=2)
-        self.v = v if self.v is None else torch.cat((self.v, v), dim=2)
-        return self.k, self.v
-
-
-class Cache:
-    """Keys and values of every layer, and how many positions they hold."""
-
-    def __init__(self, layers: int) -> None:
-        self.layers = [LayerCache() for _ in range(layers)]
-        self.length = 0

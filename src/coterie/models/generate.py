@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from coterie.models.decoder import Cache, Decoder
+from coterie.models.cache import Cache
+from coterie.models.decoder import Decoder
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def save_estimator(
     Args:
         folder: new, empty, or holding an earlier estimator, which is replaced.
         kind: name of the class, which `load_estimator` compares.
-        parameters: arguments of the constructor, as JSON can hold them.
+        parameters: arguments of the constructor, as JSON can hold them; numpy's numbers become Python's.
         learnt: what fitting found beside tensors: column names, means, classes.
         tensors: weights; shared or strided memory is written apart.
 
@@ -63,7 +64,8 @@ def save_estimator(
             "parameters": dict(parameters),
             "learnt": dict(learnt),
         }
-        (draft / _FILE).write_text(json.dumps(described, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        text = json.dumps(described, ensure_ascii=False, indent=1, default=_plain)
+        (draft / _FILE).write_text(text + "\n", "utf-8")
         save_file(
             {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()},
             draft / "weights.safetensors",
@@ -103,6 +105,12 @@ def load_estimator(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[
 def estimator_kind(folder: str | Path) -> str:
     """The class of the estimator in a folder, without its weights. ValueError where there is none."""
     return str(_described(folder)["kind"])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} is a {type(value).__name__}, which JSON cannot hold")
 
 
 def _described(folder: str | Path) -> dict[str, Any]:

@@ -24,15 +24,13 @@ from coterie.nn.monitor import Monitor, StabilityTracker, expert_overlap, fluctu
 from coterie.nn.multi_gate import MaskedGates, MultiGateMoE
 from coterie.nn.normalized_experts import NormalizedExperts
 from coterie.nn.permutation import LearnedPermutation, PermuteLabels, permutation_entropy
+from coterie.nn.router_wrappers import LimitCapacity, MaskSlots, SequenceRouter
 from coterie.nn.routers import (
     AnyRouter,
     HashRouter,
-    LimitCapacity,
-    MaskSlots,
     NoisyTopK,
     RandomRouter,
     Router,
-    SequenceRouter,
     switch_router,
 )
 from coterie.nn.routing import Routing

@@ -10,17 +10,11 @@ import torch
 from torch import Tensor
 
 from coterie.data import Events, TableEncoder, Vocabulary, check_columns, histories, import_pandas
-from coterie.data.ids import as_texts
+from coterie.data.tables import as_texts
 from coterie.models import load_estimator, save_estimator
+from coterie.models.estimator import BaseEstimator, check_above, check_at_least
 from coterie.recsys.aw_moe import AWMoE, GateKind, ranking_loss
 from coterie.recsys.training import train_epochs
-
-try:
-    from sklearn.base import BaseEstimator
-except ModuleNotFoundError:
-    raise ModuleNotFoundError(
-        "rankers need scikit-learn; install it with: pip install 'coterie[tables]'"
-    ) from None
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,9 +99,11 @@ class AWMoERanker(BaseEstimator):  # type: ignore[misc]
             items: a row per item: its identifier and features, numbers or texts; None for identifiers only.
 
         Raises:
-            ValueError: a column that is missing, an outcome or time that is no number, an item twice in
-                `items`, outcomes that are all positive or all not.
+            ValueError: an argument out of range, a column that is missing, an outcome or time that is no
+                number, an item twice in `items`, outcomes that are all positive or all not.
         """
+        check_at_least(self, 1, "min_count", "epochs", "batch_size")
+        check_above(self, 0, "lr")
         check_columns(log, [self.user, self.item, self.time, self.target], "the log")
         label = self._labels(log)
         if label.all() or not label.any():

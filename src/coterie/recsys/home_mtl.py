@@ -15,17 +15,11 @@ from torch import Tensor, nn
 
 from coterie.data import TableEncoder, Vocabulary, check_columns, import_pandas
 from coterie.models import load_estimator, save_estimator
+from coterie.models.estimator import BaseEstimator, check_above, check_at_least
 from coterie.recsys.labels import as_frame, binary_labels
 from coterie.recsys.metrics import masked_bce
 from coterie.recsys.multi_task import LevelOutput, MultiTaskMoE, Preset, expert_health
 from coterie.recsys.training import train_epochs
-
-try:
-    from sklearn.base import BaseEstimator
-except ModuleNotFoundError:
-    raise ModuleNotFoundError(
-        "rankers need scikit-learn; install it with: pip install 'coterie[tables]'"
-    ) from None
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,9 +84,11 @@ class MultiTaskMoEClassifier(BaseEstimator):  # type: ignore[misc]
             Y: DataFrame, or array, with a column of 0, 1 or NaN (no label) for each task.
 
         Raises:
-            ValueError: labels of another kind or for other rows (column and row are named), a task without a
-                category or a category without a task, a column that is missing.
+            ValueError: an argument out of range, labels of another kind or for other rows (column and row are
+                named), a task without a category or a category without a task, a column that is missing.
         """
+        check_at_least(self, 1, "min_count", "epochs", "batch_size")
+        check_above(self, 0, "lr")
         frame, labels = as_frame(X), as_frame(Y)
         self.tasks_ = [str(task) for task in labels.columns]
         labels_TK = binary_labels(labels, len(frame))

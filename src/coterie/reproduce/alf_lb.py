@@ -22,19 +22,13 @@ import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch import Tensor
 
 from coterie.data import VOCAB_SIZE as BYTES
-from coterie.language import mixed_markov as text
 from coterie.language.alf_lb import (
-    BiasUpdate,
     Rule,
-    check_scores,
     dual_value,
     max_violation,
     proportional_rule,
@@ -43,13 +37,11 @@ from coterie.language.alf_lb import (
     sign_rule,
     solve_assignment,
 )
+from coterie.language.router_scores import draw_scores, pick_scores, read_scores
 from coterie.language.scored_text import scored_text
-from coterie.models import Decoder, DecoderConfig
-from coterie.nn import LinearScore, MoE, Monitor, Router, SwiGLUExperts, TopK
-from coterie.nn.balance import load_balance
-from coterie.reproduce import Budget, Card, Claim, Plot, Values, train
+from coterie.reproduce import Budget, Card, Claim, Plot, Values
+from coterie.reproduce.balanced_decoder import Text, train_decoder
 from coterie.reproduce.claims import Numbers
-from coterie.train import LossOutput, evaluate
 
 CARD = Card(
     slug="alf-lb",
@@ -67,8 +59,7 @@ CARD = Card(
     "procedure's own paper, Wang et al. 2024: perplexity 9.50 against 9.56 with an auxiliary loss, at 1B.)",
 )
 
-EXPERTS, TOP_K, DIM = 16, 2, 48
-Text = tuple[int, Dataset[Any], Dataset[Any]]  # vocabulary size, training, validation
+TOP_K = 2
 
 
 def fixed(seed: int, budget: Budget, data: "Data | None", *, rule: Rule) -> Values:
@@ -84,6 +75,7 @@ def fixed(seed: int, budget: Budget, data: "Data | None", *, rule: Rule) -> Valu
     reach = max(step.near for step in path)
     unexplained = math.fsum(abs(step.change - (step.benefit - step.gain)) for step in path)
     violations = [max_violation(step.loads_E) for step in path]
+    shown = [n for n in range(1, steps + 1) if n <= 20 or n % 10 == 0]
     return {
         "MaxVio at first": violations[0],
         "MaxVio of the last 100": sum(violations[-100:]) / len(violations[-100:]),
@@ -93,10 +85,8 @@ def fixed(seed: int, budget: Budget, data: "Data | None", *, rule: Rule) -> Valu
         "moves to a busier expert": sum(step.preference_violations for step in path),
         "identity error": unexplained / math.fsum(abs(step.change) for step in path),
         "unexplained rises": sum(step.change > 1e-9 and step.benefit <= step.gain for step in path),
-        "MaxVio by iteration": [(n, v) for n, v in enumerate(violations, 1) if n <= 20 or n % 10 == 0],
-        "dual over optimum by iteration": [
-            (n, max(step.dual / best - 1, 1e-12)) for n, step in enumerate(path, 1) if n <= 20 or n % 10 == 0
-        ],
+        "MaxVio by iteration": [(n, violations[n - 1]) for n in shown],
+        "dual over optimum by iteration": [(n, max(path[n - 1].dual / best - 1, 1e-12)) for n in shown],
     }
 
 
@@ -111,8 +101,7 @@ def online(seed: int, budget: Budget, data: "Data | None", *, rule: Rule) -> Val
         if pool_TE is None:
             batch_TE = draw_scores(seed, tokens, batch=n)
         else:
-            generator = torch.Generator().manual_seed(10_000 * seed + n)
-            batch_TE = pool_TE[torch.randint(len(pool_TE), (tokens,), generator=generator)]
+            batch_TE = pick_scores(pool_TE, tokens, seed=10_000 * seed + n)
         loads_E = (batch_TE + bias_E).topk(TOP_K, dim=-1).indices.flatten().bincount(minlength=len(bias_E))
         price = regret(batch_TE, bias_E, best_E, TOP_K)
         total, grown = total + price, grown + price * (n > 0.3 * steps)
@@ -127,57 +116,6 @@ def online(seed: int, budget: Budget, data: "Data | None", *, rule: Rule) -> Val
     }
 
 
-def trained(
-    seed: int, budget: Budget, data: "Data | None", *, rule: Rule | None = None, balance: float = 0.0
-) -> Values:
-    """Trains a decoder with a bias rule, with an auxiliary loss of weight `balance`, or with neither."""
-    steps, sequences = {"smoke": (4, 32), "standard": (400, 1500), "full": (2000, 6000)}[budget]
-    vocabulary, training, validation = data.text if data and data.text else draw_text(seed, sequences)
-    config = DecoderConfig(vocabulary, DIM, layers=2, heads=4, kv_heads=4, head_dim=12, hidden=0)
-    model = Decoder(config, make_ffn)
-    penalty = (lambda routings: balance * load_balance(routings)) if balance else None
-    history = train(
-        model,
-        training,
-        loss=text.scored_loss(penalty),
-        steps=steps,
-        batch_size=16,
-        lr=3e-3,
-        warmup_steps=min(50, steps // 2),
-        weight_decay=0.01,
-        callbacks=[BiasUpdate(rule)] if rule else [],
-        seed=seed,
-    )
-    monitor, loss = Monitor(), text.scored_loss()
-
-    def watched(model: nn.Module, batch: tuple[Tensor, Tensor]) -> LossOutput:
-        output = loss(model, batch)
-        monitor.update(output.routings)
-        return output
-
-    cross_entropy = evaluate(model, validation, watched, batch_size=64)["cross_entropy"]
-    violation = max(map(max_violation, monitor.loads))
-    loads = [load_E.double() / load_E.double().mean() for load_E in monitor.loads]
-    return {
-        "cross-entropy, nats": cross_entropy,
-        "MaxVio": violation,
-        "MinLoad": min(float(load_E.min()) for load_E in loads),
-        "experts under 0.1 L": sum(int((load_E < 0.1).sum()) for load_E in loads),
-        "MaxVio of the batch by step": [
-            (step, imbalance - 1)
-            for step, imbalance in zip(history.step, history.imbalance, strict=True)
-            if imbalance is not None and (step <= 20 or step % 5 == 0)
-        ],
-        "loss and balance": [(violation, cross_entropy)],
-    }
-
-
-def make_ffn(layer: int) -> MoE:
-    """A layer of the trained decoder. Its bias stays at zero in the arms without a rule."""
-    select = TopK(TOP_K, gate="sigmoid", bias=torch.zeros(EXPERTS))
-    return MoE(Router(LinearScore(DIM, EXPERTS), select), SwiGLUExperts(EXPERTS, DIM, 32))
-
-
 ARMS = {
     "fixed/sign-1e-3": partial(fixed, rule=sign_rule(1e-3)),
     "fixed/sign-1e-2": partial(fixed, rule=sign_rule(1e-2)),
@@ -187,16 +125,16 @@ ARMS = {
     "online/sign-1e-2": partial(online, rule=sign_rule(1e-2)),
     "online/sign-1e-2-sqrt": partial(online, rule=sign_rule(1e-2, "sqrt")),
     "online/proportional-4-inverse": partial(online, rule=proportional_rule(4.0, TOP_K, "inverse")),
-    "train/none": trained,
-    "train/aux-1e-2": partial(trained, balance=1e-2),
-    "train/aux-1e-1": partial(trained, balance=1e-1),
-    "train/sign-5e-3": partial(trained, rule=sign_rule(5e-3)),
-    "train/sign-5e-2-sqrt": partial(trained, rule=sign_rule(5e-2, "sqrt")),
+    "train/none": train_decoder,
+    "train/aux-1e-2": partial(train_decoder, balance=1e-2),
+    "train/aux-1e-1": partial(train_decoder, balance=1e-1),
+    "train/sign-5e-3": partial(train_decoder, rule=sign_rule(5e-3)),
+    "train/sign-5e-2-sqrt": partial(train_decoder, rule=sign_rule(5e-2, "sqrt")),
 }
 
 FIXED = [arm for arm in ARMS if arm.startswith("fixed/")]
-
 each_seed = partial(Claim, over="each seed")
+log_log = partial(Plot, log_x=True, log_y=True)
 
 CLAIMS = [
     each_seed(
@@ -206,7 +144,7 @@ CLAIMS = [
     ),
     each_seed(
         "fixed: the sign rule at 1e-3 balances: mean MaxVio of the last 100 iterations",
-        lambda arms: arms["fixed/sign-1e-3"]["MaxVio of the last 100"],
+        lambda arms: floor(arms, "sign-1e-3"),
         at_most=0.05,
     ),
     each_seed(
@@ -216,10 +154,7 @@ CLAIMS = [
     ),
     each_seed(
         "fixed: at a constant 1e-2 the floor of MaxVio is at least 4 times that at 1e-2/√n",
-        lambda arms: (
-            arms["fixed/sign-1e-2"]["MaxVio of the last 100"]
-            / arms["fixed/sign-1e-2-sqrt"]["MaxVio of the last 100"]
-        ),
+        lambda arms: floor(arms, "sign-1e-2") / floor(arms, "sign-1e-2-sqrt"),
         at_least=4,
     ),
     each_seed(
@@ -248,34 +183,27 @@ CLAIMS = [
     ),
     each_seed(
         "fixed: the dual ends within 0.01% of the optimum, at 1e-3 and at 1e-2/√n",
-        lambda arms: max(
-            arms["fixed/sign-1e-3"]["dual over optimum"], arms["fixed/sign-1e-2-sqrt"]["dual over optimum"]
-        ),
+        lambda arms: max(arms[f"fixed/sign-{u}"]["dual over optimum"] for u in ("1e-3", "1e-2-sqrt")),
         at_most=1e-4,
     ),
     each_seed(
         "online: without a bias, regret grows by at least 20 from step 300 to 1000",
-        lambda arms: arms["online/none"]["growth of regret"],
+        lambda arms: growth(arms, "none"),
         at_least=20,
     ),
     each_seed(
         "online: at a constant sign step of 1e-2 it goes on growing, by at least 0.3",
-        lambda arms: arms["online/sign-1e-2"]["growth of regret"],
+        lambda arms: growth(arms, "sign-1e-2"),
         at_least=0.3,
     ),
     each_seed(
         "online: at 1e-2/√n it grows by at most 0.15 of that",
-        lambda arms: (
-            arms["online/sign-1e-2-sqrt"]["growth of regret"] / arms["online/sign-1e-2"]["growth of regret"]
-        ),
+        lambda arms: growth(arms, "sign-1e-2-sqrt") / growth(arms, "sign-1e-2"),
         at_most=0.15,
     ),
     each_seed(
         "online: and so with a proportional step of 4/n, the schedule of logarithmic regret",
-        lambda arms: (
-            arms["online/proportional-4-inverse"]["growth of regret"]
-            / arms["online/sign-1e-2"]["growth of regret"]
-        ),
+        lambda arms: growth(arms, "proportional-4-inverse") / growth(arms, "sign-1e-2"),
         at_most=0.15,
     ),
     Claim(
@@ -298,21 +226,12 @@ CLAIMS = [
 ]
 
 PLOTS = [
-    Plot(
-        "MaxVio by iteration",
-        "iteration",
-        "MaxVio",
-        "fixed: a constant step leaves a floor.",
-        log_x=True,
-        log_y=True,
-    ),
-    Plot(
+    log_log("MaxVio by iteration", "iteration", "MaxVio", "fixed: a constant step leaves a floor."),
+    log_log(
         "dual over optimum by iteration",
         "iteration",
         "D / D* - 1",
         "fixed: the distance from the optimal assignment.",
-        log_x=True,
-        log_y=True,
     ),
     Plot(
         "regret by batch",
@@ -340,17 +259,17 @@ PLOTS = [
 ]
 
 
+def floor(arms: Numbers, rule: str) -> float:
+    return arms[f"fixed/{rule}"]["MaxVio of the last 100"]
+
+
+def growth(arms: Numbers, rule: str) -> float:
+    return arms[f"online/{rule}"]["growth of regret"]
+
+
 def worst_balance(arms: Numbers) -> float:
     """MaxVio of the worse of the two bias schedules."""
     return max(arms["train/sign-5e-3"]["MaxVio"], arms["train/sign-5e-2-sqrt"]["MaxVio"])
-
-
-def draw_scores(seed: int, tokens: int, batch: int = 0) -> Tensor:
-    """Scores [tokens, 16] of a router with strong preferences; a seed's batches share the router."""
-    router = np.random.default_rng(seed).standard_normal((8, EXPERTS))
-    z_TD = np.random.default_rng([seed, 1 + batch]).standard_normal((tokens, 8))
-    logits_TE = 1.5 * z_TD @ router / math.sqrt(8) + np.linspace(-1, 1, EXPERTS)
-    return torch.from_numpy(logits_TE).sigmoid()
 
 
 @functools.lru_cache(maxsize=1)
@@ -360,15 +279,9 @@ def best_fixed_bias(seed: int, budget: Budget) -> Tensor:
     return solve_assignment(draw_scores(seed, tokens, batch=10**6), TOP_K, sweeps=sweeps)
 
 
-def draw_text(seed: int, sequences: int) -> Text:
-    """Sequences of 64 tokens."""
-    training = TensorDataset(*text.mixed_markov(sequences, 64, seed=100 + seed))
-    return text.VOCAB_SIZE, training, TensorDataset(*text.mixed_markov(min(sequences, 200), 64, seed=999))
-
-
 @dataclass
 class Data:
-    """The user's own: scores [tokens, experts], one tensor per file; or text as `draw_text` returns it."""
+    """The user's own: scores [tokens, experts], one tensor per file; or text for a decoder."""
 
     scores: list[Tensor] = field(default_factory=list)
     text: Text | None = None
@@ -378,23 +291,8 @@ def read_data(path: Path) -> Data:
     """Scores from .npy files, one or a folder of them; otherwise text, one file or a folder.
 
     Raises:
-        ValueError: a file is no array of finite numbers [tokens, experts], files differ in the number of
-            experts, or there is too little text.
+        ValueError: what `read_scores` refuses, or too little text.
     """
-    files = sorted(path.glob("*.npy")) if path.is_dir() else [path] * (path.suffix == ".npy")
-    if not files:
-        return Data(text=(BYTES, *scored_text(path, 64, batch_size=16)))
-    scores = [read_scores(file) for file in files]
-    widths = {scores_TE.shape[1] for scores_TE in scores}
-    if len(widths) > 1:
-        raise ValueError(f"{path} holds scores over {sorted(widths)} experts; give files of one router")
-    return Data(scores=scores)
-
-
-def read_scores(file: Path) -> Tensor:
-    """[tokens, experts] float64 from a .npy file; ValueError if it is none."""
-    try:
-        array = np.load(file, allow_pickle=False)
-        return check_scores(torch.from_numpy(array.astype(np.float64)), TOP_K)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: {error}; should be numpy.save of floats [tokens, experts]") from None
+    if path.suffix == ".npy" or (path.is_dir() and any(path.glob("*.npy"))):
+        return Data(scores=read_scores(path, TOP_K))
+    return Data(text=(BYTES, *scored_text(path, 64, batch_size=16)))

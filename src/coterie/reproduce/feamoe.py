@@ -21,9 +21,7 @@ or the middle.
 
 import math
 import time
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +29,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from coterie.data import TableEncoder, compas, import_pandas, mortgages, read_table
+from coterie.data import TableEncoder
+from coterie.data.group_stream import GroupStream, group_drift, numbered_columns, read_group_stream
 from coterie.reproduce import Budget, Card, Claim, Plot, Values
 from coterie.tabular import FEAMOEClassifier, burden_gap, demographic_parity_gap, equalized_odds_gap
 from coterie.tabular.attribution import enumerated_shapley
@@ -54,20 +53,7 @@ CARD = Card(
 )
 SEEDS = 5
 
-
-@dataclass(frozen=True)
-class Chunk:
-    X: "pd.DataFrame"
-    y: NDArray[Any]
-    group: NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Chunks in order; `drift` is the first after the change."""
-
-    chunks: list[Chunk]
-    drift: int
+read_data = read_group_stream
 
 
 def gaps(y: NDArray[Any], yhat: NDArray[Any], group: NDArray[Any]) -> dict[str, float]:
@@ -75,7 +61,7 @@ def gaps(y: NDArray[Any], yhat: NDArray[Any], group: NDArray[Any]) -> dict[str, 
 
 
 def mixture(
-    seed: int, budget: Budget, data: Stream | None, *, frozen: bool = False, **options: Any
+    seed: int, budget: Budget, data: GroupStream | None, *, frozen: bool = False, **options: Any
 ) -> Values:
     """The estimator, chunk by chunk: FEAMOE, or with one expert logistic regression."""
     stream = data or drifting(seed, budget)
@@ -101,7 +87,7 @@ def mixture(
     }
 
 
-def network(seed: int, budget: Budget, data: Stream | None) -> Values:
+def network(seed: int, budget: Budget, data: GroupStream | None) -> Values:
     """A multilayer perceptron, trained on each chunk in the same way."""
     stream = data or drifting(seed, budget)
     encoder = TableEncoder().fit(stream.chunks[0].X)
@@ -128,7 +114,7 @@ def network(seed: int, budget: Budget, data: Stream | None) -> Values:
     }
 
 
-def explain(seed: int, budget: Budget, data: Stream | None) -> Values:
+def explain(seed: int, budget: Budget, data: GroupStream | None) -> Values:
     """The closed form beside the definition of Shapley values."""
     rows, columns, timed = (5, 8, 2) if budget == "smoke" else (50, 12, 20)
     few, many = fitted(seed, budget, 6), fitted(seed, budget, columns)
@@ -254,35 +240,18 @@ def around_drift(scores: list[dict[str, float]], drift: int) -> dict[str, Any]:
     return values
 
 
-def drifting(seed: int, budget: Budget) -> Stream:
+def drifting(seed: int, budget: Budget) -> GroupStream:
     """The stream of the file's docstring; rows and chunks are fewer in a smoke run."""
     chunks, rows, drift = (5, 200, 2) if budget == "smoke" else (12, 1500, 6)
-    rng = np.random.default_rng(seed)
-    rules = np.array([[1.5, -1.2, 1.0, 0.8, 0.0, 0.0], [-1.2, 1.5, 0.8, 0.6, 0.0, 0.0]])
-    made = []
-    for number in range(chunks):
-        x, group = rng.standard_normal((rows, 6)), rng.random(rows) < 0.35
-        if number >= drift:
-            x[:, 2] -= 0.8 * group
-        log_odds = 1.5 * (x * rules[(x[:, 5] <= 0).astype(int)]).sum(1)
-        if number >= drift:
-            log_odds += np.where(group, -0.8, 0.3)
-        y = rng.random(rows) < 1 / (1 + np.exp(-log_odds))
-        made.append(Chunk(named(x), y.astype(int), group.astype(int)))
-    return Stream(made, drift)
+    return group_drift(chunks, rows, drift, seed=seed)
 
 
 def steps(budget: Budget) -> int:
     return {"smoke": 5, "standard": 150, "full": 600}[budget]
 
 
-def named(x: NDArray[Any]) -> "pd.DataFrame":
-    frame: pd.DataFrame = import_pandas().DataFrame(x)
-    return frame.set_axis([f"x{j}" for j in range(1, x.shape[1] + 1)], axis=1)
-
-
 def normal_frame(seed: int, rows: int, columns: int) -> "pd.DataFrame":
-    return named(np.random.default_rng(seed).standard_normal((rows, columns)))
+    return numbered_columns(np.random.default_rng(seed).standard_normal((rows, columns)))
 
 
 def fitted(seed: int, budget: Budget, columns: int) -> FEAMOEClassifier:
@@ -316,38 +285,3 @@ def seconds(work: Any) -> float:
         work()
         took.append(time.perf_counter() - began)
     return min(took)
-
-
-def read_data(path: Path) -> Stream:
-    """A HMDA Loan Application Register, or COMPAS's two-year scores; see `coterie.data.mortgages`, `compas`.
-
-    The group is `derived_race` (HMDA) or `race`; rows without one are left out, and groups of under 40 rows
-    per chunk, whose rates would be noise.
-
-    Raises:
-        ValueError: columns of neither, a file that cannot be read, under four chunks of 200 rows, or one
-            group.
-    """
-    frame = read_table(path)
-    if "action_taken" in frame.columns:
-        table, label, group = mortgages(frame), "action_taken", "derived_race"
-    elif "two_year_recid" in frame.columns:
-        table, label, group = compas(frame), "two_year_recid", "race"
-    else:
-        raise ValueError(f"{path} has neither action_taken (HMDA LAR) nor two_year_recid (COMPAS)")
-    count = max(4, round(len(table) / max(1500, len(table) / 24)))
-    counts = table[group].value_counts()
-    table = table[table[group].isin(counts.index[counts >= 40 * count])]
-    found = table[group].nunique()
-    if len(table) < 800 or found < 2:
-        raise ValueError(f"{path} has {len(table)} usable rows of {found} groups; give at least 800 of two")
-    drift = count // 2
-    if "activity_year" in table.columns:
-        table = table.sort_values("activity_year", kind="stable")
-        years = table.pop("activity_year").to_numpy()
-        first = int((years == years[0]).sum())
-        if first < len(table):
-            drift = min(max(round(first / len(table) * count), 2), count - 2)
-    y, groups = table.pop(label).to_numpy(), table.pop(group).to_numpy()
-    parts = np.array_split(np.arange(len(table)), count)
-    return Stream([Chunk(table.iloc[rows], y[rows], groups[rows]) for rows in parts], drift)

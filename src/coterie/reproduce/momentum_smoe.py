@@ -21,7 +21,6 @@ on ImageNet-A, -C and -R.
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,24 +31,12 @@ from torch.utils.data import TensorDataset
 from coterie.data import attack_tokens, corrupt_images, read_digits
 from coterie.data import digits as handwritten_digits
 from coterie.language.mixed_markov import FREE, VOCAB_SIZE, mixed_markov, scored_loss
-from coterie.language.momentum_smoe import make_ffn, make_residual
+from coterie.language.momentum_smoe import ResidualClassifier, make_ffn, make_residual
+from coterie.language.quadratic_experts import last_stable, last_stable_of_four, lengths_by_layer, symmetric
 from coterie.models import Decoder, DecoderConfig
-from coterie.nn import (
-    LinearScore,
-    MLPExperts,
-    ModuleExperts,
-    MoE,
-    MomentumResidual,
-    Residual,
-    Router,
-    Routing,
-    TopK,
-    balance,
-    spectral_radius,
-    stability_limit,
-)
+from coterie.nn import MomentumResidual, Residual, Routing, balance, spectral_radius, stability_limit
 from coterie.reproduce import Budget, Card, Claim, Plot, Values, train
-from coterie.train import LossOutput
+from coterie.train import classification_loss
 
 CARD = Card(
     slug="momentum-smoe",
@@ -93,19 +80,19 @@ def spectrum(seed: int, budget: Budget, data: Any, *, mu: float) -> Values:
     values: dict[str, Any] = {"2 (1 + μ)": stability_limit(mu)}
     start_D = torch.randn(16, dtype=torch.float64)
     for kappa in (10, 100):
-        hessian = _symmetric(torch.logspace(0, -1, 16, base=kappa, dtype=torch.float64))
-        x_LG = _lengths(residual, hessian, gamma_G, start_D, layers=500) / start_D.norm()
+        hessian = symmetric(torch.logspace(0, -1, 16, base=kappa, dtype=torch.float64))
+        x_LG = lengths_by_layer(residual, hessian, gamma_G, start_D, layers=500) / start_D.norm()
         arrived_LG = x_LG < 1e-3
         layers_G = torch.where(arrived_LG.any(0), arrived_LG.int().argmax(0), torch.inf)
         best = int(layers_G.argmin())
         values[f"layers to a thousandth, κ = {kappa}"] = layers_G[best].item()
         values[f"best γ, κ = {kappa}"] = gamma_G[best].item()
-        values["largest stable γ s"] = _last_stable(gamma_G, x_LG[-1] < 1)
+        values["largest stable γ s"] = last_stable(gamma_G, x_LG[-1] < 1)
     values["length by layer, κ = 100"] = list(enumerate(x_LG[:400, best].tolist()))
+    wide_G, tokens = torch.arange(1, 6, 10 * STEP, dtype=torch.float64), 8 if budget == "smoke" else 32
     for name, alike in (("alike", True), ("unlike", False)):
-        values[f"largest stable γ, four experts {name}"] = _four_experts(
-            residual, alike, tokens=8 if budget == "smoke" else 32
-        )
+        limit = last_stable_of_four(residual, wide_G, alike=alike, tokens=tokens)
+        values[f"largest stable γ, four experts {name}"] = limit
     radius_G = spectral_radius(residual, gamma_G)
     values["factor per layer by γ s"] = list(zip(gamma_G[::4].tolist(), radius_G[::4].tolist(), strict=True))
     return values
@@ -119,11 +106,11 @@ def digits(seed: int, budget: Budget, data: Any, *, residual: Callable[[int], Re
     cut = len(images) * 2 // 3
     training, test = order[:cut], order[cut:][: 64 if budget == "smoke" else None]
     torch.manual_seed(seed)
-    model = Classifier(residual)
+    model = ResidualClassifier(64, DIM, 10, layers=LAYERS, num_experts=EXPERTS, make_residual=residual)
     history = train(
         model,
         TensorDataset(images[training], labels[training]),
-        loss=_digit_loss,
+        loss=classification_loss(lambda routings: 0.01 * balance.load_balance(routings)),
         steps=steps,
         batch_size=128,
         lr=3e-3,
@@ -135,13 +122,13 @@ def digits(seed: int, budget: Budget, data: Any, *, residual: Callable[[int], Re
     )
     model.eval()
     curve = list(zip(map(float, history.step), history.cross_entropy, strict=True))
-    clean, noisy = _accuracy(model, images[test], labels[test]), dict[str, list[tuple[float, float]]]()
+    clean, noisy = _right(model, images[test], labels[test]), dict[str, list[tuple[float, float]]]()
     generator = torch.Generator().manual_seed(seed)
     for name, (kind, levels) in NOISE.items():
         noisy[name] = [(0.0, clean)]
         for level in levels:
             draws = [corrupt_images(images[test], kind, level, generator) for _ in range(3)]
-            noisy[name].append((level, sum(_accuracy(model, x, labels[test]) for x in draws) / 3))
+            noisy[name].append((level, sum(_right(model, x, labels[test]) for x in draws) / 3))
     corrupted = [accuracy for points in noisy.values() for _, accuracy in points[1:]]
     return {
         "clean, %": clean,
@@ -280,13 +267,7 @@ PLOTS = [
         y="factor per layer in the long run",
         note="Stable below 1. Momentum widens the range by 1 + μ, and flattens it at √μ.",
     ),
-    Plot(
-        "length by layer, κ = 100",
-        x="layer",
-        y="length of x, relative",
-        log_y=True,
-        note="Each at its best γ.",
-    ),
+    Plot("length by layer, κ = 100", "layer", "length of x, relative", "Each at its best γ.", log_y=True),
     Plot("accuracy by Gaussian noise", x="standard deviation", y="% right"),
     Plot("accuracy by impulse noise", x="share of pixels", y="% right"),
     Plot("length of the update by layer", x="layer", y="mean length of SMoE(LayerNorm x)"),
@@ -295,52 +276,17 @@ PLOTS = [
 ]
 
 
-def read_data(path: Path) -> tuple[Tensor, Tensor]:
-    """A UCI file of handwritten digits, for the digits' arms."""
-    return read_digits(path)
-
-
-class Classifier(nn.Module):
-    """Images [N, 1, 8, 8] to logits [N, 10] and routings, by residual SMoE layers."""
-
-    def __init__(self, residual: Callable[[int], Residual]) -> None:
-        super().__init__()
-        self.read, self.write = nn.Linear(64, DIM), nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, 10))
-        self.norms = nn.ModuleList(nn.LayerNorm(DIM) for _ in range(LAYERS))
-        self.moes = nn.ModuleList(
-            MoE(
-                Router(LinearScore(DIM, EXPERTS, bias=True), TopK(2)),
-                MLPExperts(EXPERTS, DIM, DIM, bias=False, activation="relu"),
-            )
-            for _ in range(LAYERS)
-        )
-        self.residuals: Any = nn.ModuleList(residual(layer) for layer in range(LAYERS))  # type: ignore[misc]
-
-    def forward(self, images: Tensor) -> tuple[Tensor, list[Routing]]:
-        x, state, routings = self.read(images.flatten(1)), None, list[Routing]()
-        for norm, moe, residual in zip(self.norms, self.moes, self.residuals, strict=True):
-            update, routing = moe(norm(residual.point(x, state)))
-            x, state = residual(x, update, state)
-            routings.append(routing)
-        return self.write(x), routings
-
-
-def _digit_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> LossOutput:
-    images, labels = batch
-    logits, routings = model(images)
-    cross_entropy = F.cross_entropy(logits, labels)
-    loss = cross_entropy + 0.01 * balance.load_balance(routings)
-    return LossOutput(loss, cross_entropy.detach(), len(labels), routings)
+read_data = read_digits  # a UCI file, for the digits' arms
 
 
 @torch.no_grad()
-def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    right = model(images)[0].argmax(-1) == labels
-    return 100 * float(right.double().mean())
+def _right(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """In percent."""
+    return 100 * float(classification_loss()(model, (images, labels)).metrics["accuracy"])
 
 
 @torch.no_grad()
-def _lengths_of_updates(model: Classifier, images: Tensor) -> list[tuple[float, float]]:
+def _lengths_of_updates(model: ResidualClassifier, images: Tensor) -> list[tuple[float, float]]:
     lengths: list[float] = []
 
     def measure(module: nn.Module, args: Any, output: tuple[Tensor, Routing]) -> None:
@@ -351,44 +297,3 @@ def _lengths_of_updates(model: Classifier, images: Tensor) -> list[tuple[float, 
     for hook in hooks:
         hook.remove()
     return [(float(layer), length) for layer, length in enumerate(lengths, start=1)]
-
-
-def _symmetric(eigenvalues: Tensor) -> Tensor:
-    """A symmetric matrix of these eigenvalues, turned at random."""
-    turn: Tensor = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues)).to(eigenvalues)).Q
-    return turn * eigenvalues @ turn.t()
-
-
-def _lengths(residual: Residual, hessian: Tensor, gamma_G: Tensor, start_D: Tensor, layers: int) -> Tensor:
-    """|x| before each layer of u = -γ H x, [layers + 1, G]."""
-    x_GD, state = start_D.expand(len(gamma_G), -1), None
-    lengths = [x_GD.norm(dim=-1)]
-    for _ in range(layers):
-        update_GD = -gamma_G.unsqueeze(1) * (residual.point(x_GD, state) @ hessian)
-        x_GD, state = residual(x_GD, update_GD, state)
-        lengths.append(x_GD.norm(dim=-1))
-    return torch.stack(lengths)
-
-
-@torch.no_grad()
-def _four_experts(residual: Residual, alike: bool, tokens: int, layers: int = 200) -> float:
-    """The largest γ at which the mean of the tokens is bounded after so many layers of a sparse mixture."""
-    eigenvalues = torch.logspace(0, -1, 16, dtype=torch.float64)
-    hessian, experts = _symmetric(eigenvalues), [nn.Linear(16, 16).double() for _ in range(4)]
-    for expert in experts:
-        hessian, centre = hessian if alike else _symmetric(eigenvalues), torch.randn(16).double()
-        expert.weight.copy_(-hessian)
-        expert.bias.copy_(hessian @ centre)
-    moe = MoE(Router(LinearScore(16, 4).double(), TopK(2)), ModuleExperts(experts))
-    gamma_G = torch.arange(1, 6, 10 * STEP, dtype=torch.float64)
-    x_GTD, state = torch.randn(tokens, 16).double().expand(len(gamma_G), -1, -1), None
-    for _ in range(layers):
-        update_GTD, _routing = moe(x_GTD)
-        x_GTD, state = residual(x_GTD, gamma_G.view(-1, 1, 1) * update_GTD, state)
-    # the centres lie at about 4 from the origin
-    return _last_stable(gamma_G, x_GTD.mean(1).norm(dim=-1) < 100)
-
-
-def _last_stable(gamma_G: Tensor, stable_G: Tensor) -> float:
-    """The last γ before the first that is not stable."""
-    return float(gamma_G[int(stable_G.int().argmin()) - 1])

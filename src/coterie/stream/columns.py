@@ -1,13 +1,14 @@
 """Rows of a stream, dicts of numbers and categories, as vectors whose columns may still grow."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from coterie.data import records
+from coterie.data.tables import as_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,24 +122,39 @@ class StreamColumns:
             return None
         number = isinstance(value, int | float | np.number | np.bool_)
         if name in self._categories:
-            return None if number and math.isnan(value) else (name, str(value))
-        return (name, None) if number else (name, str(value))
+            return None if number and math.isnan(value) else (name, as_text(value))
+        return (name, None) if number else (name, as_text(value))
 
 
-def rows_of(X: "pd.DataFrame | npt.ArrayLike") -> tuple[list[dict[Any, Any]], list[Any]]:
+def rows_of(
+    X: "pd.DataFrame | npt.ArrayLike", before: Sequence[Any] | None = None, row: int = 0
+) -> tuple[list[dict[Any, Any]], list[Any]]:
     """A frame's or an array's rows as dicts, and the names of its features.
 
-    Raises ValueError for an array that is not [rows, features], or a column's name that is there twice.
+    Args:
+        X: the table; an array's features are named 0, 1, …
+        before: the features of the table before; None for the first one.
+        row: number of its first row, for messages.
+
+    Raises ValueError for an array that is not [rows, features], a column's name that is there twice, or other
+    features than before.
 
     >>> rows_of(np.array([[1.0, 2.0]]))
     ([{0: 1.0, 1: 2.0}], [0, 1])
     """
-    if not hasattr(X, "columns"):
+    if hasattr(X, "columns"):
+        names = list(X.columns)
+        if len(set(names)) < len(names):
+            raise ValueError(f"two columns of one name among {names[:20]}")
+        rows = records(X)
+    else:
         array = np.asarray(X)
         if array.ndim != 2:
             raise ValueError(f"an array of shape {array.shape}; should be [rows, features]")
-        return [dict(enumerate(row)) for row in array.tolist()], list(range(array.shape[1]))
-    names = list(X.columns)
-    if len(set(names)) < len(names):
-        raise ValueError(f"two columns of one name among {names[:20]}")
-    return records(X), names
+        names = list(range(array.shape[1]))
+        rows = [dict(zip(names, values, strict=True)) for values in array.tolist()]
+    if before is not None and set(names) != set(before):
+        raise ValueError(
+            f"row {row}: {len(names)} features {names[:20]}; there were {len(before)} before: {before[:20]}"
+        )
+    return rows, names

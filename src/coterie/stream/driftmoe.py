@@ -3,7 +3,6 @@
 Shapes: E experts, C classes, D features.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 from river import base
-from scipy.special import expit
 
 from coterie.stream.columns import StreamColumns, rows_of
 from coterie.stream.experts import RiverExperts
 from coterie.stream.hoeffding import HoeffdingTrees
 from coterie.stream.labels import StreamLabels
+from coterie.stream.modes import DataMode, TaskMode
 from coterie.stream.router import OnlineRouter
 from coterie.stream.saving import load, save
 from coterie.stream.settings import check_settings
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Label = Any  # bool, int or str
-_RARE, _RARE_CHECK = 0.05, 1000  # share of rows; rows between two looks
 
 
 class DriftMoEClassifier(base.Classifier):
@@ -116,10 +114,10 @@ class DriftMoEClassifier(base.Classifier):
         self.experts_: HoeffdingTrees | RiverExperts | None = None
         self.router_: OnlineRouter | None = None
         self._labels, self._columns = StreamLabels(classes, grow=grow_classes), StreamColumns(impute=impute)
+        self._mode = DataMode(n_experts, top_k, mask) if mode == "data" else TaskMode(task_predict)
         self._rng = np.random.default_rng(seed)
         self._answered_E = self._right_E = np.zeros(0, dtype=np.int64)
         self._features: list[Any] | None = None  # of tables
-        self._warned = False
         self._last: tuple[dict[Any, Any], npt.NDArray[np.float64], npt.NDArray[np.float32]] | None = None
 
     def learn_one(self, x: Mapping[Any, Any], y: Label) -> None:
@@ -131,26 +129,25 @@ class DriftMoEClassifier(base.Classifier):
             x: feature → number, truth value, text, or None for absent.
             y: its label.
         """
-        label = self._learn_label(y, x)
+        self._labels.check(y, self.rows_seen_)
+        self._columns.learn(x, self.rows_seen_)
+        label = self._labels.number(y)
+        self._make_room()
         row_D, logits_E = self._judged(x)
         assert self.experts_ is not None
         assert self.router_ is not None
         judged: Any
         proba_EC, judged = self.experts_.judge(row_D, x)
-        if self.mode == "data":
-            labels_E = np.full(len(proba_EC), label)
-            learning = np.argsort(-logits_E, kind="stable")[: self.top_k].tolist()
-        else:
-            labels_E = (np.arange(len(proba_EC)) == label).astype(np.int64)
-            learning = list(range(len(proba_EC)))
+        learning, labels_E = self._mode.lesson(logits_E, label)
         right_E = proba_EC.argmax(1) == labels_E
-        self._answered_E[self._first(logits_E, proba_EC)] += 1
+        self._answered_E[self._mode.first(logits_E, proba_EC)] += 1
         self._right_E += right_E
         self.experts_.teach(row_D, x, learning, labels_E[learning].tolist(), judged)
         self.rows_seen_ += 1
-        if self.router_.learn(row_D, self._target(right_E, proba_EC, label)):
+        if self.router_.learn(row_D, self._mode.target(right_E, proba_EC, label)):
             self._last = None
-        self._warn_of_rare_classes()
+        if self.mode == "task":
+            self._labels.warn_of_rare_ones(self.rows_seen_)
 
     def predict_one(self, x: Mapping[Any, Any], **kwargs: Any) -> Label | None:
         """The label; None before any label is known."""
@@ -253,50 +250,11 @@ class DriftMoEClassifier(base.Classifier):
         if self.router_ is None or self.experts_ is None:
             return np.full(len(self.classes_), 1 / max(len(self.classes_), 1))
         row_D, logits_E = self._judged(x)
-        if self.mode == "data":
-            proba_C: npt.NDArray[np.float64]
-            proba_C = self.experts_.judge_rows([int(logits_E.argmax())], row_D[None], [x])[0]
-            return proba_C
-        consulted = self.task_predict == "product"
-        score_C = self._task_scores(logits_E, self.experts_.judge(row_D, x)[0] if consulted else None)
-        total = score_C.sum()
-        return score_C / total if total > 0 else np.full(len(score_C), 1 / len(score_C))
-
-    def _task_scores(
-        self, logits_C: npt.NDArray[np.float32], proba_CY: npt.NDArray[np.float64] | None
-    ) -> npt.NDArray[np.float64]:
-        """By the router alone, or times what each class's tree says of its class."""
-        score_C: npt.NDArray[np.float64] = expit(logits_C.astype(np.float64))
-        return score_C if proba_CY is None else score_C * proba_CY[:, 1]
-
-    def _first(self, logits_E: npt.NDArray[np.float32], proba_EC: npt.NDArray[np.float64]) -> int:
-        """The expert, in mode "task" the class, that answers."""
-        if self.mode == "task" and self.task_predict == "product":
-            return int(self._task_scores(logits_E, proba_EC).argmax())
-        return int(logits_E.argmax())
-
-    def _target(
-        self, right_E: npt.NDArray[np.bool_], proba_EC: npt.NDArray[np.float64], label: int
-    ) -> npt.NDArray[np.bool_]:
-        """The router's target: always at least one expert."""
-        if self.mode == "data" and self.mask == "multi_hot" and right_E.any():
-            return right_E
-        best = int(proba_EC[:, label].argmax()) if self.mode == "data" else label
-        target_E: npt.NDArray[np.bool_] = np.arange(len(right_E)) == best
-        return target_E
-
-    def _learn_label(self, y: Label, x: Mapping[Any, Any]) -> int:
-        """The label's number, with everything made large enough for the row and its label."""
-        self._labels.check(y, self.rows_seen_)
-        self._columns.learn(x, self.rows_seen_)
-        label = self._labels.number(y, self.rows_seen_)
-        self._make_room()
-        return label
+        return self._mode.proba(logits_E, self.experts_, row_D, x)
 
     def _make_room(self) -> None:
-        features, classes = len(self._columns), len(self.classes_)
-        experts = self.n_experts if self.mode == "data" else classes
-        classes = classes if self.mode == "data" else 2
+        """Makes everything large enough for the features and labels there are."""
+        features, (experts, classes) = len(self._columns), self._mode.sizes(len(self.classes_))
         if self.router_ is None or self.experts_ is None:
             self.router_ = self._new_router(features, experts)
             self.experts_ = self._new_experts(experts, features, classes)
@@ -307,21 +265,17 @@ class DriftMoEClassifier(base.Classifier):
             self.experts_.add_expert()
         if (self.experts_.num_features, self.experts_.num_classes) != (features, classes):
             self.experts_.grow(features, classes)
-        room = experts - len(self._answered_E)
-        if room:
-            self._answered_E, self._right_E = (
-                np.pad(self._answered_E, (0, room)),
-                np.pad(self._right_E, (0, room)),
-            )
+        if room := experts - len(self._answered_E):
+            self._answered_E = np.pad(self._answered_E, (0, room))
+            self._right_E = np.pad(self._right_E, (0, room))
 
     def _new_router(self, features: int, experts: int) -> OnlineRouter:
-        batch = self.router_batch or (32 if self.mode == "data" else 1)
         return OnlineRouter(
             features,
             experts,
             tuple(self.hidden),
             lr=self.lr,
-            batch=batch,
+            batch=self.router_batch or self._mode.router_batch,
             dropout=self.dropout,
             scale=self.scale,
             rng=self._rng,
@@ -340,25 +294,5 @@ class DriftMoEClassifier(base.Classifier):
         )
 
     def _rows(self, X: "pd.DataFrame | npt.ArrayLike") -> list[dict[Any, Any]]:
-        rows, features = rows_of(X)
-        if self._features is not None and set(features) != set(self._features):
-            raise ValueError(
-                f"row {self.rows_seen_}: {len(features)} features {features[:20]}; there were "
-                f"{len(self._features)} before: {self._features[:20]}"
-            )
-        self._features = features
+        rows, self._features = rows_of(X, self._features, self.rows_seen_)
         return rows
-
-    def _warn_of_rare_classes(self) -> None:
-        if self.mode == "data" or self._warned or self.rows_seen_ % _RARE_CHECK:
-            return
-        fewest = min(self._labels.rows)
-        share = fewest / self.rows_seen_
-        if share < _RARE:
-            self._warned = True
-            rarest = self.classes_[self._labels.rows.index(fewest)]
-            warnings.warn(
-                f"class {rarest!r} has {share:.1%} of the rows; mode='task' tends to ignore classes under "
-                "5%, mode='data' does less so",
-                stacklevel=3,
-            )

@@ -1,7 +1,7 @@
 """Hoeffding trees whose leaves share arrays, so that all trees judge a row in one pass.
 
-Shapes: E trees, S leaves of all trees together, D features, C classes. A leaf's Gaussians are eight planes of
-one array [S, 8, D, C]: what naive Bayes reads comes first, and is brought up to date when the leaf learns.
+Shapes: E trees, S leaves of all trees together, D features, C classes. The leaves' Gaussians are one array
+[S, 8, D, C], see `coterie.stream.gaussians`.
 """
 
 import math
@@ -11,13 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from coterie.stream.gaussians import COUNT, EMPTY, Floats, add_row, log_likelihoods
 from coterie.stream.split import FORGET, Split, find_split
 
-Floats = npt.NDArray[np.float64]
-
-MEAN, SCALE, BASE, HALF_LOG, COUNT, SQUARES, LOW, HIGH = range(8)
-_EMPTY = np.array([0.0, -math.inf, 0.0, 0.0, 0.0, 0.0, math.inf, -math.inf])[:, None, None]
-_HALF_LOG_TAU = 0.5 * math.log(math.tau)
+Judged = tuple[list[int], Floats]  # each tree's leaf for a row, and the votes of naive Bayes there [E, C]
 
 
 class HoeffdingTrees:
@@ -42,11 +39,9 @@ class HoeffdingTrees:
     >>> trees = HoeffdingTrees(num_experts=2, num_features=1, num_classes=2)
     >>> for value in range(200):
     ...     x_D = np.array([value % 10.0])
-    ...     leaves = trees.leaves(x_D)
-    ...     _, votes = trees.predict(x_D, leaves)
-    ...     trees.learn(x_D, [0], leaves, votes, [int(value % 10 > 4)])  # only the first tree
-    >>> x_D = np.array([9.0])
-    >>> trees.predict(x_D, trees.leaves(x_D))[0].round(2).tolist()
+    ...     _, judged = trees.judge(x_D)
+    ...     trees.teach(x_D, None, [0], [int(value % 10 > 4)], judged)  # only the first tree
+    >>> trees.judge(np.array([9.0]))[0].round(2).tolist()
     [[0.0, 1.0], [0.5, 0.5]]
     >>> trees.num_leaves
     [2, 1]
@@ -99,17 +94,20 @@ class HoeffdingTrees:
         """Makes room for features and classes that no tree has seen."""
         leaves, _, features, classes = self.gaussians.shape
         gaussians = np.empty((leaves, 8, num_features, num_classes))
-        gaussians[:] = _EMPTY
+        gaussians[:] = EMPTY
         gaussians[:, :, :features, :classes] = self.gaussians
         self.gaussians, self.num_features, self.num_classes = gaussians, num_features, num_classes
         self.priors = np.zeros((leaves, 2, num_classes))
         for leaf in range(len(self.node)):
             self._set_prior(leaf)
 
-    def judge(self, x_D: Floats, x: Any) -> tuple[Floats, tuple[list[int], Floats]]:
-        """Probabilities [E, C] of all trees for a row [D], and what `teach` needs to know of them."""
-        leaves = self.leaves(x_D)
-        proba_EC, votes_EC = self.predict(x_D, leaves)
+    def judge(self, x_D: Floats, x: Any = None) -> tuple[Floats, Judged]:
+        """Probabilities [E, C] of all trees for a row [D], and what `teach` needs to know of them.
+
+        They are uniform where a leaf has no statistics. Trees read no row as it came, `x`.
+        """
+        leaves = self._leaves(x_D)
+        proba_EC, votes_EC = self._predict(x_D, leaves)
         return proba_EC, (leaves, votes_EC)
 
     def judge_rows(self, trees: Sequence[int], x_ND: Floats, rows: Any) -> Floats:
@@ -117,83 +115,21 @@ class HoeffdingTrees:
         proba_NC = np.empty((len(trees), self.num_classes))
         for at in range(0, len(trees), 256):  # leaves' Gaussians are copied
             some = slice(at, at + 256)
-            leaves = [self.leaves(x_D, [tree])[0] for tree, x_D in zip(trees[some], x_ND[some], strict=True)]
-            proba_NC[some] = self.predict(x_ND[some], leaves)[0]
+            leaves = [self._leaves(x_D, [tree])[0] for tree, x_D in zip(trees[some], x_ND[some], strict=True)]
+            proba_NC[some] = self._predict(x_ND[some], leaves)[0]
         return proba_NC
 
-    def teach(
-        self,
-        x_D: Floats,
-        x: Any,
-        trees: Sequence[int],
-        labels: Sequence[int],
-        judged: tuple[list[int], Floats],
-    ) -> None:
-        """Some trees learn a row that all have judged."""
-        self.learn(x_D, trees, *judged, labels)
-
-    def leaves(self, x_D: Floats, trees: Sequence[int] | None = None) -> list[int]:
-        """The leaf of each tree that the row falls into, all trees unless some are given."""
-        x, feature, threshold, left, right = x_D.tolist(), self.feature, self.threshold, self.left, self.right
-        found = []
-        for node in self.roots if trees is None else [self.roots[tree] for tree in trees]:
-            while (f := feature[node]) >= 0:
-                if x[f] <= threshold[node]:
-                    node = left[node]
-                elif x[f] != x[f]:  # missing
-                    heavier = self._weight(left[node]) >= self._weight(right[node])
-                    node = left[node] if heavier else right[node]
-                else:
-                    node = right[node]
-            found.append(-1 - f)
-        return found
-
-    def predict(self, x_D: Floats, leaves: Sequence[int]) -> tuple[Floats, Floats]:
-        """Judges rows at their leaves: one row at several leaves, or as many rows.
-
-        Args:
-            x_D: [D], or [N, D] for N leaves.
-            leaves: N of them, from `leaves`.
-
-        Returns: probabilities [N, C], uniform where a leaf has no statistics; and the votes of naive Bayes
-        [N, C], log-likelihoods, for `learn`.
-        """
-        block_NPDC = self.gaussians[leaves, :COUNT]
-        priors_NRC = self.priors[leaves]
-        terms_NDC = np.empty((len(leaves), self.num_features + 1, self.num_classes))
-        terms_NDC[:, 0] = priors_NRC[:, 0]
-        log_NDC = terms_NDC[:, 1:]
-        np.subtract(x_D[..., :, None], block_NPDC[:, MEAN], out=log_NDC)
-        log_NDC *= log_NDC
-        log_NDC /= block_NPDC[:, SCALE]
-        log_NDC -= block_NPDC[:, BASE]
-        log_NDC -= block_NPDC[:, HALF_LOG]
-        if np.isnan(x_D.sum()):
-            log_NDC[np.broadcast_to(np.isnan(x_D)[..., :, None], log_NDC.shape)] = 0.0
-        votes_NC = np.add.reduce(terms_NDC, axis=1)  # feature after feature, as river adds
-        chosen_NC = np.where(self.bayes[leaves][:, None], votes_NC, priors_NRC[:, 1])
-        chosen_NC -= chosen_NC.max(1, keepdims=True)
-        np.exp(chosen_NC, out=chosen_NC)
-        chosen_NC /= chosen_NC.sum(1, keepdims=True)
-        return chosen_NC, votes_NC
-
-    def learn(
-        self,
-        x_D: Floats,
-        trees: Sequence[int],
-        leaves: Sequence[int],
-        votes_EC: Floats,
-        labels: Sequence[int],
-    ) -> None:
+    def teach(self, x_D: Floats, x: Any, trees: Sequence[int], labels: Sequence[int], judged: Judged) -> None:
         """Some trees learn a row.
 
         Args:
             x_D: [D].
+            x: the row as it came, which trees do not read.
             trees: those that learn.
-            leaves: of all trees for this row.
-            votes_EC: of `predict` for this row, at all trees' leaves, from before any of them learnt it.
-            labels: class of the row for each of `trees`.
+            labels: class of the row for each of them.
+            judged: what `judge` said of the row, before any of them learnt it.
         """
+        leaves, votes_EC = judged
         learning = [leaves[tree] for tree in trees]
         for tree, leaf, y in zip(trees, learning, labels, strict=True):
             weights = self.weights[leaf]
@@ -204,13 +140,15 @@ class HoeffdingTrees:
             weights[y] = weights.get(y, 0.0) + 1.0
             if y not in self.known[leaf]:
                 self.known[leaf].append(y)
-        missing = np.isnan(x_D) if np.isnan(x_D.sum()) else None
-        self._observe(x_D, learning, labels, missing)
+        missing_D = np.isnan(x_D) if np.isnan(x_D.sum()) else None
+        block_KPD = self.gaussians[learning, :, :, labels]
+        add_row(block_KPD, x_D, missing_D)
+        self.gaussians[learning, :, :, labels] = block_KPD
         for leaf in learning:
             total = self._set_prior(leaf)
             self.bayes[leaf] = self.bayes_right[leaf] >= self.majority_right[leaf]
             if total - self.attempted_at[leaf] >= self.grace_period and (
-                missing is None or not self._path_misses(leaf, missing)
+                missing_D is None or not self._path_misses(leaf, missing_D)
             ):
                 self.attempted_at[leaf] = total
                 self._attempt_split(leaf)
@@ -249,32 +187,31 @@ class HoeffdingTrees:
         for leaf in range(len(self.node)):
             self._set_prior(leaf)
 
-    def _observe(
-        self, x_D: Floats, leaves: list[int], labels: Sequence[int], missing: npt.NDArray[np.bool_] | None
-    ) -> None:
-        """Welford's update of the class's Gaussians in each leaf, and of what naive Bayes reads of them."""
-        block_KPD = self.gaussians[leaves, :, :, labels]
-        before = block_KPD.copy() if missing is not None else block_KPD
-        mean, count = block_KPD[:, MEAN], block_KPD[:, COUNT]
-        count += 1.0
-        off_KD = x_D - mean
-        mean += (1.0 / count) * off_KD
-        squares = block_KPD[:, SQUARES]
-        off_KD *= x_D - mean
-        squares += off_KD
-        np.minimum(block_KPD[:, LOW], x_D, out=block_KPD[:, LOW])
-        np.maximum(block_KPD[:, HIGH], x_D, out=block_KPD[:, HIGH])
-        spread = squares > 0  # where it is, there are at least two rows
-        variance = np.ones_like(squares)
-        np.divide(squares, count - 1.0, out=variance, where=spread)
-        block_KPD[:, SCALE] = np.where(spread, -2.0 * variance, -math.inf)
-        block_KPD[:, BASE] = np.where(spread, _HALF_LOG_TAU, 0.0)
-        # math.log: numpy's differs in the last bit on some processors, which may decide a tie
-        logs = [math.log(v) for v in variance.ravel().tolist()]
-        block_KPD[:, HALF_LOG] = 0.5 * np.array(logs).reshape(variance.shape)
-        if missing is not None:
-            block_KPD[:, :, missing] = before[:, :, missing]
-        self.gaussians[leaves, :, :, labels] = block_KPD
+    def _leaves(self, x_D: Floats, trees: Sequence[int] | None = None) -> list[int]:
+        """The leaf of each tree that the row falls into, all trees unless some are given."""
+        x, feature, threshold, left, right = x_D.tolist(), self.feature, self.threshold, self.left, self.right
+        found = []
+        for node in self.roots if trees is None else [self.roots[tree] for tree in trees]:
+            while (f := feature[node]) >= 0:
+                if x[f] <= threshold[node]:
+                    node = left[node]
+                elif x[f] != x[f]:  # missing
+                    heavier = self._weight(left[node]) >= self._weight(right[node])
+                    node = left[node] if heavier else right[node]
+                else:
+                    node = right[node]
+            found.append(-1 - f)
+        return found
+
+    def _predict(self, x_D: Floats, leaves: Sequence[int]) -> tuple[Floats, Floats]:
+        """Probabilities [N, C] and votes of naive Bayes [N, C], for one row at N leaves, or as many rows."""
+        priors_NRC = self.priors[leaves]
+        votes_NC = log_likelihoods(self.gaussians[leaves, :COUNT], x_D, priors_NRC[:, 0])
+        chosen_NC = np.where(self.bayes[leaves][:, None], votes_NC, priors_NRC[:, 1])
+        chosen_NC -= chosen_NC.max(1, keepdims=True)
+        np.exp(chosen_NC, out=chosen_NC)
+        chosen_NC /= chosen_NC.sum(1, keepdims=True)
+        return chosen_NC, votes_NC
 
     def _attempt_split(self, leaf: int) -> None:
         tree = self.tree[leaf]
@@ -282,7 +219,7 @@ class HoeffdingTrees:
             return
         split = find_split(self.gaussians[leaf], self.weights[leaf], self.known[leaf], self.delta)
         if split is FORGET:
-            self.gaussians[leaf] = _EMPTY
+            self.gaussians[leaf] = EMPTY
             self.known[leaf] = []
         elif isinstance(split, Split):
             node = self.node[leaf]
@@ -350,5 +287,5 @@ class HoeffdingTrees:
         self.feature[node] = -1 - leaf
         self.node[leaf], self.tree[leaf], self.weights[leaf], self.known[leaf] = node, tree, weights, []
         self.majority_right[leaf] = self.bayes_right[leaf] = 0
-        self.gaussians[leaf], self.bayes[leaf] = _EMPTY, True
+        self.gaussians[leaf], self.bayes[leaf] = EMPTY, True
         self.attempted_at[leaf] = self._set_prior(leaf)

@@ -1,9 +1,12 @@
 """The labels of a stream, numbered as they come."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+_RARE, _RARE_CHECK = 0.05, 1000  # share of rows; rows between two looks
 
 
 class StreamLabels:
@@ -16,7 +19,7 @@ class StreamLabels:
     Raises ValueError for fewer than two classes.
 
     >>> labels = StreamLabels(("no", "yes"), grow=False)
-    >>> labels.number("yes", row=0), labels.known, labels.rows
+    >>> labels.number("yes"), labels.known, labels.rows
     (1, ['no', 'yes'], [0, 1])
     >>> labels.check("maybe", row=1)
     Traceback (most recent call last):
@@ -28,6 +31,7 @@ class StreamLabels:
         self.known: list[Any] = []
         self.rows: list[int] = []
         self.fixed = False  # whether a new label is an error
+        self.warned = False  # of rare ones
         self._numbers: dict[Any, int] = {}
         if classes is not None:
             self.fix(classes)
@@ -50,19 +54,32 @@ class StreamLabels:
             known = ", ".join(map(repr, self.known[:20]))
             raise ValueError(f"row {row}: label {y!r} is none of {known}; use grow_classes=True to add it")
 
-    def number(self, y: Any, row: int) -> int:
-        """The label's number, which it gets now if it is new, with one more row counted."""
-        self.check(y, row)
+    def number(self, y: Any) -> int:
+        """The number of a label that passed `check`, given to it now if it is new; counts one more row."""
         self._add(y)
         number = self._numbers[y]
         self.rows[number] += 1
         return number
 
-    def set(self, known: Sequence[Any], rows: Sequence[int], fixed: bool) -> None:
+    def warn_of_rare_ones(self, rows_seen: int) -> None:
+        """Warns once, looking now and then, of a label with few of the rows."""
+        if self.warned or rows_seen % _RARE_CHECK:
+            return
+        share = min(self.rows) / rows_seen
+        if share < _RARE:
+            self.warned = True
+            rarest = self.known[self.rows.index(min(self.rows))]
+            warnings.warn(
+                f"class {rarest!r} has {share:.1%} of the rows; mode='task' tends to ignore classes under "
+                "5%, mode='data' does less so",
+                stacklevel=3,
+            )
+
+    def set(self, known: Sequence[Any], rows: Sequence[int], fixed: bool, warned: bool) -> None:
         """Takes over what another one knew."""
         for label in known:
             self._add(label)
-        self.rows, self.fixed = list(rows), fixed
+        self.rows, self.fixed, self.warned = list(rows), fixed, warned
 
     def _add(self, label: Any) -> None:
         if label not in self._numbers:

@@ -32,7 +32,7 @@ def save(model: "DriftMoEClassifier", folder: str | Path) -> Path:
         "features": model._features,
         "columns": model._columns.names,
         "rows_seen": model.rows_seen_,
-        "warned": model._warned,
+        "warned": model._labels.warned,
         "rng": model._rng.bit_generator.state,
         "given_experts": model.expert is not None,
     }
@@ -62,7 +62,7 @@ def load(cls: "type[DriftMoEClassifier]", folder: str | Path, *, trusted: bool) 
     classes = parameters.pop("classes")
     model = cls(**parameters, classes=None if classes is None else tuple(classes), expert=expert)
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    model._labels.set(learnt["classes"], learnt["rows_of_class"], learnt["fixed"])
+    model._labels.set(learnt["classes"], learnt["rows_of_class"], learnt["fixed"], learnt["warned"])
     model._features = learnt["features"]
     for feature, value in learnt["columns"]:
         model._columns.add((feature, value))
@@ -75,7 +75,7 @@ def load(cls: "type[DriftMoEClassifier]", folder: str | Path, *, trusted: bool) 
         else:
             model.experts_ = experts
     model._answered_E, model._right_E = arrays["answered"], arrays["right"]
-    model.rows_seen_, model._warned = learnt["rows_seen"], learnt["warned"]
+    model.rows_seen_ = learnt["rows_seen"]
     model._rng.bit_generator.state = learnt["rng"]
     return model
 

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import erf
 
-Floats = npt.NDArray[np.float64]
+from coterie.stream.gaussians import COUNT, HIGH, LOW, MEAN, SQUARES, Floats
 
 FORGET: Final = "forget"
 
@@ -35,7 +34,7 @@ def find_split(
     """The split of largest information gain, if it leads the second by the Hoeffding bound.
 
     Args:
-        gaussians_PDC: the leaf's planes [8, D, C], see `HoeffdingTrees`.
+        gaussians_PDC: the leaf's planes [8, D, C], see `coterie.stream.gaussians`.
         weights: of its classes.
         known: classes that its Gaussians have seen, in the order they came.
         delta: probability of a wrong split.
@@ -49,7 +48,7 @@ def find_split(
     if max(positive) / total > _LARGEST_CLASS:
         return FORGET
     thresholds_DT, left_DTC = _candidates(gaussians_PDC)
-    count_DC = gaussians_PDC[4]
+    count_DC = gaussians_PDC[COUNT]
     gain_DT = _entropy(np.array(positive)) - _entropy_of_sides(left_DTC, count_DC[:, None] - left_DTC)
     gain_DT[np.isnan(thresholds_DT)] = -math.inf
     best_D = gain_DT.argmax(1)
@@ -67,7 +66,7 @@ def find_split(
     left, right = {}, {}
     threshold = float(thresholds_DT[first, best_D[first]])
     for y in known:
-        count, low, high = (float(gaussians_PDC[plane, first, y]) for plane in (4, 6, 7))
+        count, low, high = (float(gaussians_PDC[plane, first, y]) for plane in (COUNT, LOW, HIGH))
         if count == 0:
             continue
         if threshold < low:
@@ -82,7 +81,7 @@ def find_split(
 
 def _candidates(gaussians_PDC: Floats) -> tuple[Floats, Floats]:
     """Ten thresholds per feature, NaN outside its range, and each class's weight below them."""
-    mean_DC, count_DC, squares_DC, low_DC, high_DC = (gaussians_PDC[plane] for plane in (0, 4, 5, 6, 7))
+    mean_DC, count_DC, squares_DC, low_DC, high_DC = gaussians_PDC[[MEAN, COUNT, SQUARES, LOW, HIGH]]
     low_D1, high_D1 = low_DC.min(1, keepdims=True), high_DC.max(1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         step_D1 = (high_D1 - low_D1) / (_CANDIDATES + 1.0)

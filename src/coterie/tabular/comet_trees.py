@@ -13,20 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coterie.data import TableEncoder, import_pandas
+from coterie.data import TableEncoder
 from coterie.models import load_estimator, save_estimator
+from coterie.models.estimator import check_above, check_at_least
 from coterie.nn import MLPExperts, MoE, PermuteLabels, Routing, TreeRouter, TreeScore
+from coterie.tabular import inputs  # first: it says what to install where scikit-learn is missing
 from coterie.tabular.comet_training import train
 
-try:
-    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-    from sklearn.utils import check_consistent_length, column_or_1d
-    from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import check_array, check_is_fitted, check_random_state, validate_data
-except ModuleNotFoundError:
-    raise ModuleNotFoundError(
-        "coterie.tabular needs scikit-learn and pandas; install them with: pip install 'coterie[tables]'"
-    ) from None
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin  # isort: skip
+from sklearn.utils import check_consistent_length, check_random_state, column_or_1d  # isort: skip
+from sklearn.utils.multiclass import check_classification_targets  # isort: skip
+from sklearn.utils.validation import check_array, check_is_fitted  # isort: skip
 
 _ACTIVE = 1e-5  # a smaller gate weight does not count as a use of the expert
 
@@ -51,19 +48,10 @@ class _COMET(BaseEstimator, ABC):  # type: ignore[misc]
         patience: int = 10,
         random_state: int | None = None,
     ) -> None:
-        self.num_experts = num_experts
-        self.k = k
-        self.hidden = hidden
-        self.gamma = gamma
-        self.entropy = entropy
-        self.local_search = local_search
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.early_stopping = early_stopping
-        self.patience = patience
-        self.random_state = random_state
+        self.num_experts, self.k, self.hidden, self.gamma = num_experts, k, hidden, gamma
+        self.entropy, self.local_search = entropy, local_search
+        self.epochs, self.batch_size, self.lr, self.weight_decay = epochs, batch_size, lr, weight_decay
+        self.early_stopping, self.patience, self.random_state = early_stopping, patience, random_state
 
     def experts_of(self, X: Any) -> npt.NDArray[np.float32]:
         """Gate weights [rows, num_experts], rows sum to 1: which experts answered for a row, how much."""
@@ -76,18 +64,15 @@ class _COMET(BaseEstimator, ABC):  # type: ignore[misc]
         """
         check_is_fitted(self)
         learnt = {
-            "features": self.n_features_in_,
-            "names": [*map(str, getattr(self, "feature_names_in_", []))],
-            "encoder": None if self._encoder is None else self._encoder.to_dict(),
+            "encoder": self._encoder.to_dict(),
+            "named": hasattr(self, "feature_names_in_"),
             "usage": self.expert_usage_.tolist(),
             "epochs": self.n_iter_,
             **self._learnt(),
         }
-        tensors = {f"model.{name}": tensor for name, tensor in self._model.state_dict().items()}
-        tensors |= {"mean": self._mean, "deviation": self._deviation}
-        return save_estimator(
-            folder, type(self).__name__, parameters=self.get_params(), learnt=learnt, tensors=tensors
-        )
+        parameters, tensors = self.get_params(), self._model.state_dict()
+        kind = type(self).__name__
+        return save_estimator(folder, kind, parameters=parameters, learnt=learnt, tensors=tensors)
 
     @classmethod
     def load(cls, folder: str | Path) -> Any:
@@ -95,16 +80,11 @@ class _COMET(BaseEstimator, ABC):  # type: ignore[misc]
         parameters, learnt, tensors = load_estimator(folder, cls.__name__)
         estimator = cls(**parameters)
         estimator._restore(learnt)
-        estimator.n_features_in_ = learnt["features"]
-        if learnt["names"]:
-            estimator.feature_names_in_ = np.array(learnt["names"], dtype=object)
-        encoder = learnt["encoder"]
-        estimator._encoder = None if encoder is None else TableEncoder.from_dict(encoder)
+        inputs.set_encoder(estimator, TableEncoder.from_dict(learnt["encoder"]), named=learnt["named"])
         estimator.expert_usage_ = np.array(learnt["usage"])
         estimator.n_iter_ = learnt["epochs"]
-        estimator._mean, estimator._deviation = tensors.pop("mean"), tensors.pop("deviation")
-        estimator._model = estimator._build(len(estimator._mean))
-        estimator._model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items()})
+        estimator._model = estimator._build()
+        estimator._model.load_state_dict(tensors)
         estimator._model.eval()
         return estimator
 
@@ -112,13 +92,14 @@ class _COMET(BaseEstimator, ABC):  # type: ignore[misc]
         _check_settings(self)
         random = check_random_state(self.random_state)
         seed = int(random.randint(2**31 - 1))
-        x_TD = self._encode(X, fitting=True)
-        y = _column(y)
-        check_consistent_length(x_TD, y)
+        frame, y = inputs.as_frame(self, X, reset=True), _column(y)
+        check_consistent_length(frame, y)
+        self._encoder = TableEncoder().fit(frame)
+        x_TD = torch.from_numpy(inputs.encode(self._encoder, frame))
         target_T = self._learn_target(y)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._model = self._build(x_TD.shape[1])
+            self._model = self._build()
             self.loss_curve_ = train(
                 self._model,
                 x_TD,
@@ -134,11 +115,13 @@ class _COMET(BaseEstimator, ABC):  # type: ignore[misc]
             )
         self.n_iter_ = len(self.loss_curve_)
         self._model.eval()
-        used_TE = self._route(X).weights_TE
+        with torch.no_grad():
+            used_TE = self._model.router(x_TD).weights_TE
         self.expert_usage_ = used_TE.mean(0).double().numpy()
         self.experts_per_row_ = (used_TE > _ACTIVE).sum(1).double().mean().item()
 
-    def _build(self, dim: int) -> MoE:
+    def _build(self) -> MoE:
+        dim = len(self._encoder.feature_names)
         router: TreeRouter | PermuteLabels = TreeRouter(
             TreeScore(dim, self.num_experts, self.k, gamma=self.gamma)
         )
@@ -147,43 +130,27 @@ class _COMET(BaseEstimator, ABC):  # type: ignore[misc]
         experts = MLPExperts(self.num_experts, dim, self.hidden, dim_out=self._outputs(), activation="relu")
         return MoE(router, experts)
 
-    def _encode(self, X: Any, *, fitting: bool = False) -> Tensor:
+    def _encode(self, X: Any) -> Tensor:
         """Standardised features [T, D]: splits are undecided in a window of width γ around 0."""
-        named = hasattr(X, "iloc") and all(isinstance(name, str) for name in X.columns)
-        frame = X if named else None
-        if fitting:
-            self._encoder = None if frame is None else TableEncoder()
-        if self._encoder is None:
-            values = validate_data(
-                self, X, dtype=np.float64, reset=fitting, ensure_min_samples=2 if fitting else 1
-            )
-            x_TD = torch.as_tensor(np.ascontiguousarray(values))
-            if fitting:
-                self._mean, deviation = x_TD.mean(0), x_TD.std(0, correction=0)
-                self._deviation = torch.where(deviation > 0, deviation, 1.0)
-            return ((x_TD - self._mean) / self._deviation).float()
-        if fitting:
-            validate_data(self, frame, skip_check_array=True)
-            self._encoder.fit(frame)
-        elif frame is None:
-            values = validate_data(self, X, dtype=None, reset=False)
-            frame = import_pandas().DataFrame(values, columns=self._encoder.columns)
-        x_TD = torch.from_numpy(self._encoder.transform(frame))
-        if fitting:
-            self._mean, self._deviation = torch.zeros(x_TD.shape[1]), torch.ones(x_TD.shape[1])
-        return x_TD
+        check_is_fitted(self)
+        return torch.from_numpy(inputs.encode(self._encoder, inputs.as_frame(self, X, reset=False)))
 
     @torch.no_grad()
     def _forward(self, X: Any) -> Tensor:
-        check_is_fitted(self)
-        output: Tensor = self._model(self._encode(X))[0]
+        x_TD = self._encode(X)  # first: it refuses what is not fitted
+        output: Tensor = self._model(x_TD)[0]
         return output
 
     @torch.no_grad()
     def _route(self, X: Any) -> Routing:
-        check_is_fitted(self)
-        routing: Routing = self._model.router(self._encode(X))
+        x_TD = self._encode(X)
+        routing: Routing = self._model.router(x_TD)
         return routing
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        return tags
 
     @abstractmethod
     def _learn_target(self, y: npt.NDArray[Any]) -> Tensor:
@@ -225,8 +192,8 @@ class COMETRegressor(RegressorMixin, _COMET):  # type: ignore[misc]
         patience: epochs.
         random_state: an int gives the same result every time.
 
-    X is a numeric array without missing values, or a pandas frame, whose text columns become categories,
-    whose missing numbers become the mean with a flag, and whose unseen categories are all zero later on.
+    X is a numeric array or a pandas frame; its text columns become categories, its missing numbers the mean
+    with a flag, and unseen categories are all zero later on.
 
     Attributes after `fit`: `expert_usage_` [E], mean gate weight over the training rows; `experts_per_row_`,
     how many experts answer for a row; `n_iter_`, epochs run; `loss_curve_`, per epoch, of the held-out rows
@@ -324,11 +291,6 @@ def _column(y: Any) -> npt.NDArray[Any]:
 
 
 def _check_settings(estimator: _COMET) -> None:
-    for name in ("hidden", "epochs", "batch_size", "patience"):
-        if getattr(estimator, name) < 1:
-            raise ValueError(f"{name}={getattr(estimator, name)}; should be at least 1")
-    for name in ("entropy", "weight_decay"):
-        if getattr(estimator, name) < 0:
-            raise ValueError(f"{name}={getattr(estimator, name)}; should be at least 0")
-    if not estimator.lr > 0:
-        raise ValueError(f"lr={estimator.lr}; should be > 0")
+    check_at_least(estimator, 1, "hidden", "epochs", "batch_size", "patience")
+    check_at_least(estimator, 0, "entropy", "weight_decay")
+    check_above(estimator, 0, "lr")

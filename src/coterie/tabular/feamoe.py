@@ -14,12 +14,12 @@ from torch import Tensor
 
 from coterie.data import TableEncoder
 from coterie.models import load_estimator, save_estimator
+from coterie.models.estimator import check_choice
 from coterie.tabular import inputs  # first: it says what to install where scikit-learn is missing
 from coterie.tabular.attribution import Explanation, explain_with_gate, explain_with_gate_held
 from coterie.tabular.fairness import Fairness, GroupGap
-from coterie.tabular.growth import GrowingMixture
 from coterie.tabular.linear_mixture import Mix, Mixed
-from coterie.tabular.prequential import PrequentialLearner, number_groups
+from coterie.tabular.prequential import PrequentialLearner
 
 from sklearn.base import BaseEstimator, ClassifierMixin  # isort: skip
 from sklearn.utils import check_random_state  # isort: skip
@@ -114,24 +114,11 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         l2: float = 1e-4,
         random_state: int | None = None,
     ) -> None:
-        self.n_experts = n_experts
-        self.max_experts = max_experts
-        self.fairness = fairness
-        self.lam = lam
-        self.group_gap = group_gap
-        self.eps_acc = eps_acc
-        self.eps_fair = eps_fair
-        self.refit = refit
-        self.update = update
-        self.new_expert = new_expert
-        self.merge = merge
-        self.mix = mix
-        self.loss = loss
-        self.favourable = favourable
-        self.chunk_size = chunk_size
-        self.n_iter = n_iter
-        self.learning_rate = learning_rate
-        self.l2 = l2
+        self.n_experts, self.max_experts = n_experts, max_experts
+        self.fairness, self.lam, self.group_gap, self.favourable = fairness, lam, group_gap, favourable
+        self.eps_acc, self.eps_fair, self.refit, self.update = eps_acc, eps_fair, refit, update
+        self.new_expert, self.merge, self.mix, self.loss, self.l2 = new_expert, merge, mix, loss, l2
+        self.chunk_size, self.n_iter, self.learning_rate = chunk_size, n_iter, learning_rate
         self.random_state = random_state
 
     def fit(self, X: Any, y: ArrayLike, sensitive: ArrayLike | None = None) -> "FEAMOEClassifier":
@@ -146,7 +133,7 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         labels, classes = inputs.binary_classes(y)
         self._start(classes)
         y_n = inputs.encode_labels(labels, classes, len(frame))
-        groups = self._groups(sensitive, len(frame), constant_is_wrong=True)
+        groups = inputs.group_names(sensitive, len(frame), watched=self.fairness, constant_is_wrong=True)
         size = self.chunk_size or len(frame)
         for rows in np.array_split(np.arange(len(frame)), max(round(len(frame) / size), 1)):
             self._learn(frame.iloc[rows], y_n[rows], None if groups is None else groups[rows])
@@ -172,7 +159,8 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if first:
             self._start(inputs.binary_classes(y if classes is None else classes)[1])
         y_n = inputs.encode_labels(y, self.classes_, len(frame))
-        self._learn(frame, y_n, self._groups(sensitive, len(frame), constant_is_wrong=first))
+        groups = inputs.group_names(sensitive, len(frame), watched=self.fairness, constant_is_wrong=first)
+        self._learn(frame, y_n, groups)
         return self
 
     def predict(self, X: Any) -> NDArray[Any]:
@@ -224,12 +212,10 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 values are means over sampled orders of the columns, the same for the same random_state.
             n_permutations: how many orders, with `include_gate`.
         """
-        inputs.check_choice("by", by, ("column", "feature"))
+        check_choice("by", by, ("column", "feature"))
         x_TD, model = self._features(X), self._learner.mixture.model
-        named = self._encoder.source if by == "column" else self.features_
-        columns = self.columns_ if by == "column" else self.features_
-        blocks = [[j for j, name in enumerate(named) if name == column] for column in columns]
-        background_D = torch.from_numpy(self.background_)
+        blocks = self._encoder.blocks if by == "column" else [[j] for j in range(len(self.features_))]
+        background_D = self._learner.background_D
         if include_gate:
             generator = torch.Generator().manual_seed(self._learner.mixture.seed)
             return explain_with_gate(model, x_TD, background_D, blocks, n_permutations, generator)
@@ -241,26 +227,18 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Raises ValueError when the folder holds something else, or `random_state` is a generator.
         """
         check_is_fitted(self, "background_")
-        parameters = self.get_params()
         if not isinstance(self.random_state, int | np.integer | None):
             raise ValueError(f"random_state={self.random_state!r} cannot be saved; use an integer or None")
         learnt = {
             "classes": self.classes_.tolist(),
-            "dtype": "object" if self.classes_.dtype == object else self.classes_.dtype.str,
+            "dtype": self.classes_.dtype.str,
             "encoder": self._encoder.to_dict(),
             "named": hasattr(self, "feature_names_in_"),
-            "n_features_in": self.n_features_in_,
-            "n_experts": self.n_experts_,
-            "seed": self._learner.mixture.seed,
-            "chunks": self._learner.mixture.chunks,
-            "shares": self._learner.mixture.shares,
-            "rows": self._rows,
-            "reference": self._learner.reference,
-            "history": self._learner.history,
+            **self._learner.to_dict(),
         }
-        plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in parameters.items()}
-        tensors = {**self._learner.mixture.tensors(), "background": torch.from_numpy(self.background_)}
-        return save_estimator(folder, type(self).__name__, parameters=plain, learnt=learnt, tensors=tensors)
+        parameters, tensors = self.get_params(), self._learner.tensors()
+        kind = type(self).__name__
+        return save_estimator(folder, kind, parameters=parameters, learnt=learnt, tensors=tensors)
 
     @classmethod
     def load(cls, folder: str | Path) -> "FEAMOEClassifier":
@@ -268,93 +246,37 @@ class FEAMOEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         parameters, learnt, tensors = load_estimator(folder, cls.__name__)
         self = cls(**parameters)
         self._start(np.array(learnt["classes"], dtype=learnt["dtype"]))
-        self._rows = learnt["rows"]
-        self._learner.history, self._learner.reference = learnt["history"], learnt["reference"]
-        self._encoder = TableEncoder.from_dict(learnt["encoder"])
-        self.n_features_in_ = learnt["n_features_in"]
-        if learnt["named"]:
-            self.feature_names_in_ = np.array(self._encoder.columns, dtype=object)
-        self.background_ = tensors["background"].numpy()
-        self._learner.mixture = self._new_mixture(learnt["n_experts"], seed=learnt["seed"])
-        self._learner.mixture.chunks, self._learner.mixture.shares = learnt["chunks"], learnt["shares"]
-        self._learner.mixture.load_tensors(tensors)
+        inputs.set_encoder(self, TableEncoder.from_dict(learnt["encoder"]), named=learnt["named"])
+        self._learner.restore(learnt, tensors, asked=self)
+        self._publish()
         return self
 
-    @property
-    def history_(self) -> list[dict[str, Any]]:
-        return self._learner.history
-
-    @property
-    def n_experts_(self) -> int:
-        return self._learner.mixture.model.num_experts
-
-    @property
-    def coef_(self) -> NDArray[np.float64]:
-        return self._learner.mixture.model.experts.weight.detach().squeeze(1).clone().numpy()
-
-    @property
-    def intercept_(self) -> NDArray[np.float64]:
-        bias = self._learner.mixture.model.experts.bias
-        assert bias is not None
-        return bias.detach().squeeze(1).clone().numpy()
-
-    @property
-    def expert_usage_(self) -> NDArray[np.float64]:
-        return np.array(self._learner.mixture.shares[-1], dtype=float)
-
-    @property
-    def columns_(self) -> list[str]:
-        return self._encoder.columns
-
-    @property
-    def features_(self) -> list[str]:
-        return self._encoder.feature_names
-
     def _start(self, classes: NDArray[Any]) -> None:
-        inputs.check_feamoe(self)
-        if self.favourable is not None and self.favourable not in classes:
-            raise ValueError(f"favourable={self.favourable!r}; should be one of {classes.tolist()}")
+        inputs.check_feamoe(self, classes)
         self.classes_ = classes
-        self._learner = PrequentialLearner(
-            wants_first=self.favourable is not None and self.favourable == classes[0]
-        )
-        self._rows = 0
-
-    def _groups(
-        self, sensitive: ArrayLike | None, rows: int, *, constant_is_wrong: bool
-    ) -> NDArray[Any] | None:
-        if sensitive is None:
-            if self.fairness is not None:
-                raise ValueError(
-                    f"fairness={self.fairness!r} needs sensitive=, the group of each row; "
-                    "or give fairness=None"
-                )
-            return None
-        groups = inputs.group_names(sensitive, rows)
-        if constant_is_wrong and len(set(groups)) < 2:
-            raise ValueError(f"sensitive holds one group, {groups[0]!r}; a gap needs at least two")
-        return groups
+        self._learner = PrequentialLearner(wants_first=bool(self.favourable == classes[0]))
 
     def _learn(self, frame: Any, y_n: NDArray[np.int64], groups: NDArray[Any] | None) -> None:
-        first = not self._learner.history
-        if first:
+        if not self._learner.history:
             self._encoder = TableEncoder().fit(frame)
-            if not self.features_:
+            features = self._encoder.feature_names
+            if not features:
                 raise ValueError("no column holds a value; give features")
-            self._learner.mixture = self._new_mixture(
-                self.n_experts, seed=int(check_random_state(self.random_state).randint(2**31 - 1))
-            )
-        x_TD, group_T = self._encode(frame), number_groups(groups if self.fairness else None, len(frame))
-        self._learner.learn(x_TD, torch.from_numpy(y_n).double(), group_T, asked=self)
-        weight = len(frame) / (self._rows + len(frame))
-        before_D = np.zeros(x_TD.shape[1]) if first else self.background_
-        self.background_: NDArray[np.float64] = (1 - weight) * before_D + weight * x_TD.mean(0).numpy()
-        self._rows += len(frame)
+            seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+            self._learner.begin(len(features), self.n_experts, seed=seed, asked=self)
+        self._learner.learn(self._encode(frame), torch.from_numpy(y_n).double(), groups, asked=self)
+        self._publish()
 
-    def _new_mixture(self, num_experts: int, *, seed: int) -> GrowingMixture:
-        return GrowingMixture(
-            len(self.features_), num_experts, self.mix, learning_rate=self.learning_rate, seed=seed
-        )
+    def _publish(self) -> None:
+        """What was learnt, under the names that scikit-learn's users look for."""
+        model, shares = self._learner.mixture.model, self._learner.mixture.shares[-1]
+        self.history_, self.n_experts_ = self._learner.history, model.num_experts
+        assert model.experts.bias is not None
+        self.coef_: NDArray[np.float64] = model.experts.weight.detach().squeeze(1).clone().numpy()
+        self.intercept_: NDArray[np.float64] = model.experts.bias.detach().squeeze(1).clone().numpy()
+        self.expert_usage_ = np.array(shares, dtype=float)
+        self.columns_, self.features_ = self._encoder.columns, self._encoder.feature_names
+        self.background_: NDArray[np.float64] = self._learner.background_D.numpy()
 
     def _encode(self, frame: Any) -> Tensor:
         return torch.from_numpy(inputs.encode(self._encoder, frame)).double()

@@ -1,46 +1,65 @@
 """What scikit-learn's users pass, checked: features as a frame, labels and groups as numbers."""
 
 import warnings
-from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from coterie.data import TableEncoder, import_pandas
+from coterie.data import TableEncoder, check_columns, import_pandas
+from coterie.data.tables import as_texts
+from coterie.models.estimator import (  # first: it says what to install where scikit-learn is missing
+    check_above,
+    check_at_least,
+    check_choice,
+)
 
-try:
-    from sklearn.utils.multiclass import check_classification_targets, type_of_target
-    from sklearn.utils.validation import column_or_1d, validate_data
-except ModuleNotFoundError:
-    raise ModuleNotFoundError(
-        "coterie.tabular needs scikit-learn; install it with: pip install 'coterie[tables]'"
-    ) from None
+from sklearn.utils.multiclass import check_classification_targets, type_of_target  # isort: skip
+from sklearn.utils.validation import column_or_1d, validate_data  # isort: skip
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 def as_frame(estimator: Any, X: Any, *, reset: bool) -> "pd.DataFrame":
-    """Features as a frame with text for column names; an array's columns become x0, x1, ….
+    """Features as a frame with text for column names; columns that had none are x0, x1, … by position.
 
     Args:
         estimator: gets `n_features_in_` and `feature_names_in_`, or is compared with them.
-        X: frame or array [rows, columns]; missing values are allowed.
+        X: frame or array [rows, columns]; missing values are allowed. Once names are known, a frame's columns
+            are taken by name, in whatever order they come, and an array's by position.
         reset: whether these are the first rows that it learns from.
 
-    Raises ValueError as scikit-learn's `validate_data` does.
+    Raises ValueError for a column that is missing, and as scikit-learn's `validate_data` does.
     """
     pd = import_pandas()
     if isinstance(X, pd.DataFrame):
+        if not reset and hasattr(estimator, "feature_names_in_"):
+            check_columns(X, estimator.feature_names_in_)
+            X = X[[*estimator.feature_names_in_]]
         validate_data(estimator, X, reset=reset, skip_check_array=True)
         if not len(X) or not len(X.columns):
             raise ValueError(
                 f"Found array with {len(X)} sample(s) and {len(X.columns)} feature(s); give more"
             )
-        return X.set_axis([str(name) for name in X.columns], axis=1)
-    array = validate_data(estimator, X, reset=reset, dtype="numeric", ensure_all_finite="allow-nan")
-    return pd.DataFrame(array, columns=[f"x{column}" for column in range(array.shape[1])])
+    else:
+        kind = "numeric" if reset else None  # texts go on where there were texts in a frame before
+        X = pd.DataFrame(validate_data(estimator, X, reset=reset, dtype=kind, ensure_all_finite="allow-nan"))
+    by_position = [f"x{column}" for column in range(X.shape[1])]
+    return X.set_axis(getattr(estimator, "feature_names_in_", by_position), axis=1)
+
+
+def set_encoder(estimator: Any, encoder: TableEncoder, *, named: bool) -> None:
+    """Gives a loaded estimator the columns that it was fitted on.
+
+    Args:
+        estimator: gets `_encoder`, `n_features_in_`, and `feature_names_in_` if `named`.
+        encoder: knows the columns.
+        named: whether they had names, or were named by position.
+    """
+    estimator._encoder, estimator.n_features_in_ = encoder, len(encoder.columns)
+    if named:
+        estimator.feature_names_in_ = np.array(encoder.columns, dtype=object)
 
 
 def encode(encoder: TableEncoder, frame: "pd.DataFrame") -> NDArray[np.float32]:
@@ -95,19 +114,35 @@ def encode_labels(y: ArrayLike, classes: NDArray[Any], rows: int) -> NDArray[np.
     return positive
 
 
-def group_names(sensitive: Any, rows: int) -> NDArray[Any]:
-    """The protected attribute as texts [n]. ValueError for a wrong length or a missing value (which row)."""
+def group_names(
+    sensitive: Any, rows: int, *, watched: str | None, constant_is_wrong: bool
+) -> NDArray[Any] | None:
+    """The protected attribute as texts [n]; None where there is none and no gap is watched.
+
+    Raises ValueError for one that is watched but not given, a wrong length, a missing value (which row), and
+    one group if that is wrong.
+    """
+    if sensitive is None:
+        if watched is not None:
+            raise ValueError(
+                f"fairness={watched!r} needs sensitive=, the group of each row; or give fairness=None"
+            )
+        return None
     column = import_pandas().Series(column_or_1d(sensitive))
     _check_length("sensitive", len(column), rows)
     missing = np.flatnonzero(column.isna())
     if len(missing):
         raise ValueError(f"sensitive, row {missing[0]}: missing; give every row a group, or leave it out")
-    names: NDArray[Any] = column.map(str).to_numpy(dtype=object)
+    names: NDArray[Any] = as_texts(column).to_numpy(dtype=object)
+    if constant_is_wrong and len(set(names)) < 2:
+        raise ValueError(f"sensitive holds one group, {names[0]!r}; a gap needs at least two")
     return names
 
 
-def check_feamoe(estimator: Any) -> None:
+def check_feamoe(estimator: Any, classes: NDArray[Any]) -> None:
     """ValueError naming an argument that is out of range."""
+    if estimator.favourable is not None and estimator.favourable not in classes:
+        raise ValueError(f"favourable={estimator.favourable!r}; should be one of {classes.tolist()}")
     choices = {
         "fairness": ("dp", "eo", "burden", None),
         "group_gap": ("range", "variance"),
@@ -119,21 +154,14 @@ def check_feamoe(estimator: Any) -> None:
     }
     for name, allowed in choices.items():
         check_choice(name, getattr(estimator, name), allowed)
-    least = {"n_experts": 1, "lam": 0, "eps_acc": 0, "eps_fair": 0, "n_iter": 1, "l2": 0}
-    for name, bound in {**least, "max_experts": estimator.n_experts, "chunk_size": 1}.items():
-        value = getattr(estimator, name)
-        if value is not None and not value >= bound:
-            raise ValueError(f"{name}={value!r}; should be at least {bound}")
-    if not estimator.learning_rate > 0:
-        raise ValueError(f"learning_rate={estimator.learning_rate!r}; should be above 0")
+    check_at_least(estimator, 1, "n_experts", "n_iter")
+    check_at_least(estimator, estimator.n_experts, "max_experts")
+    check_at_least(estimator, 0, "lam", "eps_acc", "eps_fair", "l2")
+    check_above(estimator, 0, "learning_rate")
+    if estimator.chunk_size is not None:
+        check_at_least(estimator, 1, "chunk_size")
     if estimator.merge is not None and not 0 < estimator.merge < 1:
         raise ValueError(f"merge={estimator.merge!r}; should be a cosine between 0 and 1, or None")
-
-
-def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
-    """ValueError unless the value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}; use one of {', '.join(map(repr, choices))}")
 
 
 def _check_length(name: str, found: int, rows: int) -> None:

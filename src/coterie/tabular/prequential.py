@@ -23,25 +23,42 @@ class PrequentialLearner:
         wants_first: whether the first of the two classes is the favourable one.
 
     `history` has a dict per chunk; `reference` is the accuracy and the gap after the mixture last grew, which
-    stays until it grows again: against a reference that moves, slow drift would not show.
+    stays until it grows again: against a reference that moves, slow drift would not show. `background_D` is
+    the features' mean over all `rows` learnt from.
     """
 
     mixture: GrowingMixture
+    background_D: Tensor
 
     def __init__(self, *, wants_first: bool) -> None:
         self.wants_first = wants_first
         self.history: list[dict[str, Any]] = []
         self.reference: dict[str, float | None] = {}
+        self.rows = 0
 
-    def learn(self, x_TD: Tensor, y_T: Tensor, group_T: Tensor, *, asked: Any) -> None:
+    def begin(self, dim: int, num_experts: int, *, seed: int, asked: Any) -> None:
+        """Makes the mixture for D features.
+
+        Args:
+            dim: D.
+            num_experts: E to begin with.
+            seed: of all that is random.
+            asked: the estimator, for its arguments.
+        """
+        self.mixture = GrowingMixture(
+            dim, num_experts, asked.mix, learning_rate=asked.learning_rate, seed=seed
+        )
+
+    def learn(self, x_TD: Tensor, y_T: Tensor, groups: NDArray[Any] | None, *, asked: Any) -> None:
         """One chunk.
 
         Args:
             x_TD: features, float64.
             y_T: 1.0 for the second class, 0.0 for the first.
-            group_T: of `number_groups`.
+            groups: name of each row's group [T]; None for none.
             asked: the estimator, for its arguments.
         """
+        group_T = number_groups(groups if asked.fairness else None, len(x_TD))
         first = not self.history
         entry: dict[str, Any] = {"chunk": len(self.history), "rows": len(x_TD)}
         entry |= {"accuracy": None, "gap": None} if first else self.measure(x_TD, y_T, group_T, asked)
@@ -71,6 +88,34 @@ class PrequentialLearner:
         elif self.reference["gap"] is None:  # no two groups were large enough until now
             self.reference["gap"] = after["gap"]
         self._warn_of_one_answer(x_TD, asked)
+        weight = len(x_TD) / (self.rows + len(x_TD))
+        before_D = torch.zeros_like(x_TD[0]) if first else self.background_D
+        self.background_D = (1 - weight) * before_D + weight * x_TD.mean(0)
+        self.rows += len(x_TD)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was learnt beside tensors, as JSON can hold it."""
+        return {
+            "n_experts": self.mixture.model.num_experts,
+            "seed": self.mixture.seed,
+            "chunks": self.mixture.chunks,
+            "shares": self.mixture.shares,
+            "rows": self.rows,
+            "reference": self.reference,
+            "history": self.history,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of the mixture, and the background."""
+        return {**self.mixture.tensors(), "background": self.background_D}
+
+    def restore(self, learnt: dict[str, Any], tensors: dict[str, Tensor], *, asked: Any) -> None:
+        """Takes what `to_dict` and `tensors` gave."""
+        self.rows, self.reference, self.history = learnt["rows"], learnt["reference"], learnt["history"]
+        self.background_D = tensors["background"]
+        self.begin(len(self.background_D), learnt["n_experts"], seed=learnt["seed"], asked=asked)
+        self.mixture.chunks, self.mixture.shares = learnt["chunks"], learnt["shares"]
+        self.mixture.load_tensors(tensors)
 
     def measure(self, x_TD: Tensor, y_T: Tensor, group_T: Tensor, asked: Any) -> dict[str, float | None]:
         """Accuracy, and the gap between groups of hard decisions; None where it is not watched or known."""
@@ -149,6 +194,6 @@ def number_groups(groups: NDArray[Any] | None, rows: int) -> Tensor:
         found = ", ".join(f"{n!r} ({c} rows)" for n, c in zip(names[small], counts[small], strict=True))
         warnings.warn(
             f"group {found} has fewer than {FEWEST_ROWS} rows in a chunk and is left out of its gap",
-            stacklevel=4,
+            stacklevel=5,
         )
     return torch.from_numpy(np.where(small[numbers], -1, numbers))
