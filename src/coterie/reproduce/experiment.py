@@ -56,8 +56,7 @@ class Experiment:
     Args:
         card: CARD.
         arms: ARMS: the method, the paper's main baseline, the key ablations. Names without commas or
-            spaces; arms that measure the same numbers stand in one table, titled with what comes before
-            the "/" of their names, if there is one.
+            spaces; those with the same text before a "/" stand in one table of that title.
         claims: CLAIMS.
         plots: PLOTS.
         about: the file's docstring: data, sizes, and what differs from the paper.
