@@ -32,9 +32,11 @@ class Plot:
 
     Args:
         curve: its name among an arm's values, and the drawing's title.
-        x, y: names of the axes, with units.
+        x: name of the axis, with its unit.
+        y: the same.
         note: what a reader should see in it.
-        log_x, log_y: logarithmic axes.
+        log_x: a logarithmic axis.
+        log_y: the same.
         points: draw every seed's points, not lines: for a curve of one (x, y) per arm and seed.
         arms: only these, in this order; () for all that have the curve.
     """
@@ -140,7 +142,9 @@ def train(model: "nn.Module", data: "Dataset[Any]", **options: Any) -> "History"
     """`coterie.train.fit` inside an arm: no progress of its own, and Ctrl-C ends the arm.
 
     Args:
-        model, data, options: as `fit` takes them.
+        model: as `fit` takes it.
+        data: the same.
+        **options: the same.
 
     Raises KeyboardInterrupt where `fit` returns an interrupted history: an arm that was cut short must not
     be taken for one that finished.
