@@ -29,7 +29,7 @@ def test_a_page_shows_the_committed_run_as_it_was(pages, paper, tmp_path):
     assert "2 of 4 claims hold, 1 does not, 1 was not tested." in page
     assert "| a is at least 3 on every seed | does not hold | 2 | ≥ 3 |" in page
     assert "*a is at least 3 on every seed*: tried" in page
-    assert "| a | 4.00 ± 2.00 |" in page
+    assert "| x | 4.00 ± 2.00 | 2.00 ± 1.00 |" in page
     assert page.count("<svg") == 1
     assert "`coterie reproduce toy --budget standard --seeds 3 --first-seed 0`" in page
     assert "have changed" not in page
