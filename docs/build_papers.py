@@ -1,4 +1,7 @@
-"""A page per paper, built by MkDocs from its file and from `results/SLUG.json`, its newest committed run."""
+"""The site's pages that are not files of docs/: README.md and CONTRIBUTING.md, and a page per paper.
+
+A paper's page comes from its file and from `results/SLUG.json`, its newest committed run.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
@@ -12,7 +15,8 @@ from coterie.reproduce import Card, Experiment, load, search
 from coterie.reproduce.page import draw, measured_note
 from coterie.reproduce.results import Result, arm_tables, format_measured, lines_of
 
-RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
 
 STYLE = """<style>
 .paper { --ink: var(--md-default-fg-color); --soft: var(--md-default-fg-color--light);
@@ -36,9 +40,13 @@ def on_config(config: Any) -> Any:
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages."""
     cards = [escaped(card) for card in search()]
-    pages = {"index": index_page(cards), **{card.slug: paper_page(card) for card in cards}}
+    pages = {"papers/index.md": index_page(cards)}
+    pages |= {f"papers/{card.slug}.md": paper_page(card) for card in cards}
+    for name, source in {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md"}.items():
+        text = (ROOT / source).read_text("utf-8")
+        pages[name] = text.replace("](docs/", "](").replace("](CONTRIBUTING.md", "](contributing.md")
     for name, text in pages.items():
-        files.append(File.generated(config, f"papers/{name}.md", content=text))
+        files.append(File.generated(config, name, content=text))
     return files
 
 
@@ -56,7 +64,7 @@ def index_page(cards: Sequence[Card]) -> str:
             "Each is re-run by one command, `coterie reproduce SLUG`: the method beside its baselines, and a "
             "verdict on each of the paper's claims.",
             "",
-            *table(["", "paper", "area", "claims"], rows),
+            *table(["slug", "paper", "area", "claims"], rows),
         ]
     )
 
@@ -108,10 +116,8 @@ def measured(experiment: Experiment, result: Result) -> Iterator[str]:
             yield from ["", f"### {plot.curve[0].upper()}{plot.curve[1:]}", "", plot.note, ""]
             yield f'<div class="paper">{draw(plot, result)}</div>'
     yield from ["", "## How this was made", ""]
-    made = {**result.provenance, "wall time": result.wall_time}
-    yield from table(
-        ["", ""], [[name, f"`{value}`" if name == "command" else value] for name, value in made.items()]
-    )
+    for name, value in {**result.provenance, "wall time": result.wall_time}.items():
+        yield f"- {name}: " + (f"`{value}`" if name == "command" else value)
 
 
 def escaped(card: Card) -> Card:

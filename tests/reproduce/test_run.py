@@ -140,16 +140,16 @@ def test_data_for_a_paper_that_reads_none_is_refused(paper, tmp_path):
         run(replace(paper, read_data=None), tmp_path, data=tmp_path)
 
 
-def test_tables_show_mean_and_deviation_and_group_arms_that_measure_the_same(paper, tmp_path):
+def test_tables_show_mean_and_deviation_with_a_line_for_whatever_is_more(paper, tmp_path):
     arms = {
         "one/a": lambda seed, budget, data: {"x": 1.0 + seed},
-        "two/a": lambda seed, budget, data: {"y": 0.5},
+        "two/a": lambda seed, budget, data: {"y": 0.5, "z": 2.0},
         "one/b": lambda seed, budget, data: {"x": 0.0},
     }
     result = run(replace(paper, arms=arms, claims=[]), tmp_path)
     assert arm_tables(result.arms) == [
-        ("one", ["", "a", "b"], [["x", "2.00 ± 1.00", "0"]]),
-        ("two", ["", "a"], [["y", "0.500 ± 0.000"]]),
+        ("one", ["", "x"], [["a", "2.00 ± 1.00"], ["b", "0"]]),
+        ("two", ["", "a"], [["y", "0.500"], ["z", "2.00"]]),
     ]
     assert mean_and_sd([3e-12, 5e-12]) == "4.00e-12 ± 1e-12"
 

@@ -51,8 +51,9 @@ def proportional_rule(u: float, k: int, schedule: str = "constant") -> Rule:
     """u (K/E - share of tokens at the expert): a subgradient step on the dual per token.
 
     Args:
-        u, schedule: as in `sign_rule`; u is free of the batch's size.
+        u: as in `sign_rule`, but free of the batch's size.
         k: experts per token.
+        schedule: as in `sign_rule`.
 
     >>> proportional_rule(1.0, k=1)(torch.tensor([30, 10, 20]), 1).tolist()[1:]
     [0.16666666666666666, 0.0]

@@ -34,7 +34,8 @@ def align_classes(reference_TK: Tensor, other_TK: Tensor) -> list[int]:
     """For each class of a solution, the class of another one over the same persons that means the same.
 
     Args:
-        reference_TK, other_TK: their responsibilities.
+        reference_TK: responsibilities of the one solution.
+        other_TK: of the other.
 
     >>> align_classes(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
     [1, 0]
@@ -53,7 +54,8 @@ def latent_kappa(model_a: "TrajectoryMoE", model_b: "TrajectoryMoE", frame: "pd.
     Cohen's kappa of the most probable classes, after the classes of the second are aligned with the first's.
 
     Args:
-        model_a, model_b: fitted, with equally many classes.
+        model_a: fitted.
+        model_b: fitted, with equally many classes.
         frame: persons, with the columns of both.
 
     Source: Dumenci 2011; Liu & Perera 2022 use it to compare solutions with and without covariates.

@@ -56,7 +56,9 @@ class SemForest:
         depth: splits from the root to a leaf.
         min_leaf: fewest persons of a leaf.
         alpha: level of the test, before Bonferroni.
-        y, t, person: where scores and times are, as in `TrajectoryMoE`.
+        y: where the scores are, as in `TrajectoryMoE`.
+        t: where their times are.
+        person: the column of persons of a long table.
         random_state: of the draws and permutations.
 
     After `fit`: `importances_`, a series by covariate, largest first: the mean loss of log-likelihood per

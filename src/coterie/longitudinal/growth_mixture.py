@@ -20,7 +20,8 @@ class GrowthMixture(nn.Module):
     Args:
         curve: the functional form.
         num_classes: K.
-        gate_units, expert_units: `Covariates.units` of the two designs, [D, D] and [C, C].
+        gate_units: [D, D] `Covariates.units` of the gate's design.
+        expert_units: [C, C] those of the experts' design.
         scale: [P] sizes of the growth factors; parameters are kept in these, so that all are of order 1.
         times: first and last time, between which the bend is looked for.
         num_tvc: M, time-varying covariates.

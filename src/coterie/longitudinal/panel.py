@@ -67,8 +67,9 @@ class Layout:
     """Where scores and times are in a table.
 
     Args:
-        y, t: in a wide table (one row per person) the prefixes of numbered columns: y="Y" is Y1, Y2, …; in a
-            long one (one row per person and occasion) the columns.
+        y: in a wide table (one row per person) the prefix of the scores' numbered columns: y="Y" is Y1, Y2,
+            …; in a long one (one row per person and occasion) the column.
+        t: the same for times.
         person: the long table's column of persons; None for a wide table.
         tvc: time-varying covariates, "a + b": prefixes or columns like y.
     """
@@ -140,8 +141,9 @@ def read_panel(
     Args:
         frame: the table.
         layout: where its scores are.
-        gate, experts: make the two designs.
-        learn: fit them to this table first.
+        gate: makes the gate's design.
+        experts: makes the experts' design.
+        learn: fit both to this table first.
 
     Raises ValueError: columns that are missing or hold no numbers; prefixes with different numbers of
     columns; a person without any score; a score without its time or its time-varying covariate; times that

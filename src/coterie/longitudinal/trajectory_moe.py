@@ -58,8 +58,9 @@ class TrajectoryMoE(BaseEstimator):  # type: ignore[misc]
             models them as normal in each class, as structural equation models do, so that they too tell the
             classes apart.
         tvc: time-varying covariates with a direct effect on the score, "a + b".
-        y, t: prefixes of numbered columns in a wide table (Y1, Y2, …; T1, T2, …), or with `person` the
-            columns of a long one.
+        y: prefix of the numbered columns of scores in a wide table (Y1, Y2, …), or with `person` the column
+            of a long one.
+        t: the same for times (T1, T2, …).
         person: the column of persons of a long table; None for a wide one.
         n_init: k-means starts; the best optimum counts.
         method: "lbfgs" maximises the likelihood directly, "em" by expectation maximisation; same optimum.

@@ -54,8 +54,8 @@ class Passage:
 
     Args:
         texts: the C characters; see `passage` for those that cannot be shown.
-        experts: [L][C], each a list of expert ids by falling combine weight; empty if no slot was used.
-        weights: [L][C], the combine weights of those experts.
+        experts: L × C lists of expert ids by falling combine weight; empty if no slot was used.
+        weights: L × C lists of the combine weights of those experts.
     """
 
     texts: list[str]

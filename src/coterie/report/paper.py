@@ -1,6 +1,7 @@
 """The page of a paper that was re-run: claims with verdicts, tables of arms, drawings; opens offline."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,7 @@ class PaperPage:
         lead: paragraphs under it.
         claims, tables, drawings: see there.
         measured_note: what the figures of the tables are.
-        about: paragraphs on how it is re-run.
+        about: paragraphs on how it is re-run, with `code` and *emphasis*.
         provenance: how the run was made, in the order shown.
     """
 
@@ -86,4 +87,12 @@ def render_paper_page(page: PaperPage) -> str:
         Drawing(d.title, d.note, Markup(d.svg), Markup(d.narrow_svg))
         for d in page.drawings  # Markup of our own SVG, whose labels matplotlib has escaped
     ]
-    return fill_template("paper.html", page=PaperPage(**{**vars(page), "drawings": drawings}))
+    about = [_marked(text) for text in page.about]
+    return fill_template("paper.html", page=PaperPage(**{**vars(page), "drawings": drawings, "about": about}))
+
+
+def _marked(text: str) -> str:
+    from markupsafe import Markup, escape
+
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
+    return Markup(re.sub(r"(?<!\w)\*(\w[^*]*)\*(?!\w)", r"<em>\1</em>", text))  # escaped before

@@ -77,9 +77,7 @@ def loss_curves(arms: Sequence[Arm], *, width: float = 8.0, height: float = 3.8)
                 arm.eval_steps, arm.eval, _MARKERS[i], ms=5.5, mec="none", color=_ARMS[i], label=arm.label
             )
         axes.set_ylim(*_limits([arm for _, arm in drawn]))
-        axes.set_xlabel("training step")
-        axes.set_ylabel("bits per byte")
-        _legend(axes, "upper right")
+        _name_axes(axes, "training step", "bits per byte")
     return _inline(svg.getvalue(), _describe(drawn))
 
 
@@ -125,8 +123,9 @@ def line_plot(
     >>> line_plot([Line("loss", [1, 2], [3.0, 2.0])], x="step", y="nats")[:13]
     '<svg viewBox='
     """
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
+    bands = sum(len(line.low) > 0 for line in lines)
     with _drawing(width, height) as (axes, svg):
         for i, line in enumerate(lines):
             colour, again = _ARMS[i % len(_ARMS)], i // len(_ARMS)
@@ -138,22 +137,22 @@ def line_plot(
             if len(line.low):
                 at, low = _thin(xs, np.asarray(line.low, float))
                 high = _thin(xs, np.asarray(line.high, float))[1]
-                axes.fill_between(at, low, high, color=colour, alpha=0.18, lw=0)
+                axes.fill_between(at, low, high, color=colour, alpha=0.54 / max(bands, 3), lw=0)
             style: dict[str, Any] = {
                 "ls": ("-", "--", ":")[min(again, 2)],
                 "marker": "o" if len(xs) == 1 else "",
             }
             axes.plot(*_thin(xs, ys), lw=1.6, color=colour, label=line.label, **style)
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
         axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
+        if not log_x and all(float(value).is_integer() for line in lines for value in line.x):
+            axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
         for axis in (axes.xaxis,) * log_x + (axes.yaxis,) * log_y:
             low, high = axis.get_view_interval()
             if high < 100 * low:  # powers of ten alone would leave such an axis almost without numbers
                 axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter("{x:g}")  # and written as powers they would need mathematics
         axes.minorticks_off()
-        _legend(axes, "best")
+        _name_axes(axes, x, y)
     ends = "; ".join(f"{line.label} ends at {line.y[-1]:.3g}" for line in lines)
     return _inline(svg.getvalue(), f"{y} over {x}: {ends}.")
 
@@ -171,17 +170,29 @@ def _drawing(width: float, height: float) -> Iterator[tuple[Any, io.StringIO]]:
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.add_subplot()
         yield axes, svg
-        axes.xaxis.label.set_color(_FAINT)
-        axes.yaxis.label.set_color(_FAINT)
         axes.tick_params(color=_GRID, labelcolor=_FAINT, length=0)
         axes.grid(axis="y", color=_GRID, lw=0.8)
         axes.spines[:].set_visible(False)
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
 
 
-def _legend(axes: Any, where: str) -> None:
-    legend = axes.legend(frameon=False, labelcolor=_INK, loc=where, handletextpad=0.4)
-    legend.set_in_layout(False)  # a long label must not squeeze the drawing
+def _name_axes(axes: Any, x: str, y: str) -> None:
+    """Names the axes, y on top, where a long name has room, and the lines below, where they hide nothing."""
+    axes.set_xlabel(x, color=_FAINT)
+    axes.set_title(y, loc="left", x=0, size="medium", color=_FAINT)
+    handles, labels = axes.get_legend_handles_labels()
+    figure = axes.figure
+    columns = max(1, int(12 * figure.get_figwidth() / (6 + max(map(len, labels), default=0))))
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower left",
+        ncols=min(columns, len(labels)),
+        frameon=False,
+        labelcolor=_INK,
+        handletextpad=0.4,
+        columnspacing=1.2,
+    )
 
 
 def smooth(values: ArrayLike) -> NDArray[np.float64]:

@@ -23,7 +23,8 @@ class Claim:
     Args:
         text: the statement with its margin, as a sentence a reader can judge.
         measure: from the arms' numbers to the one that is compared: `lambda arms: arms["ours"]["loss"]`.
-        at_least, at_most: the required margin; exactly one of the two.
+        at_least: the required margin.
+        at_most: the required margin; exactly one of the two is given.
         over: "mean": `measure` sees each number's mean over seeds. "each seed": it sees one seed after the
             other, and the worst of them is compared.
         budget: the smallest budget that can test it.

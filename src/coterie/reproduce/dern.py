@@ -182,7 +182,12 @@ CLAIMS = [
 ]
 
 PLOTS = [
-    Plot("loss by experts", x="experts kept in each layer", y="loss, nats per token"),
+    Plot(
+        "loss by experts",
+        x="experts kept in each layer",
+        y="loss, nats per token",
+        arms=("dern", "drop", "output-error", "position-wise", "m-smoe", "dern-transfer"),
+    ),
     Plot(
         "loss by threshold",
         x="cosine that a neuron must have with the most similar one",

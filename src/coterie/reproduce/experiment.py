@@ -32,9 +32,11 @@ class Plot:
 
     Args:
         curve: its name among an arm's values, and the drawing's title.
-        x, y: names of the axes, with units.
+        x: name of the axis, with its unit.
+        y: the same.
         note: what a reader should see in it.
-        log_x, log_y: logarithmic axes.
+        log_x: a logarithmic axis.
+        log_y: the same.
         points: draw every seed's points, not lines: for a curve of one (x, y) per arm and seed.
         arms: only these, in this order; () for all that have the curve.
     """
@@ -56,8 +58,7 @@ class Experiment:
     Args:
         card: CARD.
         arms: ARMS: the method, the paper's main baseline, the key ablations. Names without commas or
-            spaces; arms that measure the same numbers stand in one table, titled with what comes before
-            the "/" of their names, if there is one.
+            spaces; those with the same text before a "/" stand in one table of that title.
         claims: CLAIMS.
         plots: PLOTS.
         about: the file's docstring: data, sizes, and what differs from the paper.
@@ -141,7 +142,9 @@ def train(model: "nn.Module", data: "Dataset[Any]", **options: Any) -> "History"
     """`coterie.train.fit` inside an arm: no progress of its own, and Ctrl-C ends the arm.
 
     Args:
-        model, data, options: as `fit` takes them.
+        model: as `fit` takes it.
+        data: the same.
+        **options: the same.
 
     Raises KeyboardInterrupt where `fit` returns an interrupted history: an arm that was cut short must not
     be taken for one that finished.

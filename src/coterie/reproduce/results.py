@@ -48,6 +48,8 @@ class Result:
         verdicts = [outcome.verdict for outcome in self.claims]
         held, failed = verdicts.count(HOLDS), verdicts.count(FAILS)
         rest = len(verdicts) - held - failed
+        if rest == len(verdicts):
+            return f"None of {rest} claims was tested."
         said = [f"{held} of {len(verdicts)} claims {'holds' if held == 1 else 'hold'}"]
         if failed:
             said.append(f"{failed} {'does' if failed == 1 else 'do'} not")
@@ -102,20 +104,25 @@ def numbers_of(values: Values) -> dict[str, float]:
 
 
 def arm_tables(arms: Mapping[str, list[Values]]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, columns, rows) per group of arms that measure the same: mean ± sd over seeds, a column per arm.
+    """(title, columns, rows) per group of arms: mean ± sd over seeds, a column per arm, or a row where arms
+    outnumber what is measured.
 
     The title is what comes before the "/" of the arms' names, "" if there is none.
     """
-    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    groups: dict[str, dict[str, dict[str, list[float]]]] = {}
     for arm, values in arms.items():
-        title = arm.rpartition("/")[0]
-        groups.setdefault((title, tuple(numbers_of(values[0]))), []).append(arm)
+        title, _, name = arm.rpartition("/")
+        groups.setdefault(title, {})[name] = _by_name(values)
     tables = []
-    for (title, names), group in groups.items():
-        measured = {arm: _by_name(arms[arm]) for arm in group}
-        rows = [[name, *(mean_and_sd(measured[arm][name]) for arm in group)] for name in names]
-        if rows:
-            tables.append((title, ["", *(arm.rpartition("/")[2] for arm in group)], rows))
+    for title, group in groups.items():
+        names = list(dict.fromkeys(name for measured in group.values() for name in measured))
+        columns = [["", *names]] + [
+            [arm, *(mean_and_sd(measured[name]) if name in measured else "–" for name in names)]
+            for arm, measured in group.items()
+        ]
+        lines = columns if len(group) > len(names) else [list(line) for line in zip(*columns, strict=True)]
+        if names:
+            tables.append((title, lines[0], lines[1:]))
     return tables
 
 
@@ -132,37 +139,40 @@ def print_result(result: Result) -> None:
 
 
 def lines_of(plot: Plot, arms: Mapping[str, list[Values]]) -> list[Line]:
-    """A plot's lines: for each arm with the curve its mean over seeds, in the range of the seeds."""
+    """A plot's lines: for each arm with the curve its mean over seeds, as far as all go, in their range."""
     lines = []
-    for arm in plot.arms or arms:
-        if plot.curve not in arms.get(arm, [{}])[0]:
-            continue
-        label = arm.rpartition("/")[2]
+    drawn = [arm for arm in plot.arms or arms if plot.curve in arms.get(arm, [{}])[0]]
+    short = [arm.rpartition("/")[2] for arm in drawn]
+    for arm, label in zip(drawn, short if len({*short}) == len(short) else drawn, strict=True):
         curves = [_curve(values, plot.curve) for values in arms[arm]]
-        xs = [[x for x, _ in curve] for curve in curves]
-        ys = [[y for _, y in curve] for curve in curves]
-        if plot.points or any(x != xs[0] for x in xs):
-            lines.append(Line(label, [v for x in xs for v in x], [v for y in ys for v in y]))
-        else:
-            at = list(zip(*ys, strict=True))
-            band = ([min(y) for y in at], [max(y) for y in at]) if len(ys) > 1 else ([], [])
-            lines.append(Line(label, xs[0], [statistics.fmean(y) for y in at], *band))
+        if plot.points:
+            points = [point for curve in curves for point in curve]
+            lines.append(Line(label, [x for x, _ in points], [y for _, y in points]))
+            continue
+        together = list(zip(*curves, strict=False))
+        xs, ys = ([[point[i] for point in at] for at in together] for i in (0, 1))
+        band = ([min(y) for y in ys], [max(y) for y in ys]) if len(curves) > 1 else ([], [])
+        lines.append(Line(label, [statistics.fmean(x) for x in xs], [statistics.fmean(y) for y in ys], *band))
     return lines
 
 
 def mean_and_sd(values: Sequence[float]) -> str:
-    """Three digits of the mean, and the standard deviation to the same place.
+    """Three digits of the mean, up to five to show a small standard deviation; none where all seeds agree.
 
-    >>> mean_and_sd([0.861, 0.901]), mean_and_sd([41.0, 44.0]), mean_and_sd([0.0, 0.0]), mean_and_sd([2.5])
-    ('0.881 ± 0.028', '42.5 ± 2.1', '0', '2.50')
+    >>> mean_and_sd([0.861, 0.901]), mean_and_sd([41.0, 44.0]), mean_and_sd([20.11, 20.14])
+    ('0.881 ± 0.028', '42.5 ± 2.1', '20.12 ± 0.02')
+    >>> mean_and_sd([2.5]), mean_and_sd([481.0, 481.0]), mean_and_sd([0.0, 0.0])
+    ('2.50', '481', '0')
     """
-    mean = statistics.fmean(values)
+    mean, sd = statistics.fmean(values), _sd(values)
     if not any(values):
         return "0"
     if abs(mean) < 1e-4 or abs(mean) >= 1e6:
-        return f"{mean:.2e}" + (f" ± {_sd(values):.0e}" if len(values) > 1 else "")
+        return f"{mean:.2e}" + (f" ± {sd:.0e}" if sd else "")
     digits = max(0, 2 - math.floor(math.log10(abs(mean))))
-    return f"{mean:.{digits}f}" + (f" ± {_sd(values):.{digits}f}" if len(values) > 1 else "")
+    if 0 < sd < 0.5 * 10**-digits:
+        digits = min(digits + 2, -math.floor(math.log10(sd)))
+    return f"{mean:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd else "")
 
 
 def format_measured(value: float | None) -> str:

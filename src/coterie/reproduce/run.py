@@ -217,5 +217,5 @@ def environment() -> dict[str, str]:
     return {
         "versions": f"coterie {coterie.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, threads used: {torch.get_num_threads()}",
     }

@@ -18,7 +18,7 @@ from coterie.tabular.linear_mixture import LinearMixture
 class Explanation(NamedTuple):
     """Shapley values of the mixture's score.
 
-    Args:
+    Attributes:
         phi: [n, C] of each column; the rows of phi sum to the score less phi0.
         phi0: [n] the score of the background.
         per_expert: [n, E, C] the part of phi that each expert contributes.
