@@ -14,7 +14,7 @@ from coterie.hf import BlockRecord, MoEBlock, check_expressible, find_moe_blocks
 from coterie.hf.blocks import Snapshot
 from coterie.hf.calibration import read_tokenizer
 from coterie.hf.progress import Show, showing
-from coterie.hf.save import Format, bytes_on_disk, check_output
+from coterie.hf.save import MASK, Format, bytes_on_disk, check_output, copy_side_files
 from coterie.shrink.calibrate import (
     batches,
     calibrated,
@@ -35,7 +35,6 @@ from coterie.shrink.prune import METHODS, OUTPUT_ERROR, check_keep, choose, rest
 from coterie.shrink.result import Measured, Shrunk
 from coterie.shrink.streamed import Edit, edit_streamed
 
-MASK = "kept_experts.json"
 MERGES = ("m-smoe", "dern")
 """What `merge_checkpoint` knows."""
 
@@ -220,7 +219,7 @@ class _Job:
             show.say("measuring both on held-out text")
             _measure(shrunk, model, blocks, whole, heldout)
             show.say(f"writing {out}")
-            self._write(shrunk, model, blocks, whole, tokenizer, out)
+            self._write(shrunk, model, blocks, whole, out)
             if folder is not None:
                 forget(folder)
         return shrunk
@@ -285,7 +284,7 @@ class _Job:
 
     def _read(self, config: Any, tokenizer: Any) -> tuple[list[list[Tensor]], list[Tensor]]:
         domains, rest = [], []
-        seq_len = min(self.seq_len, config.max_position_embeddings)
+        seq_len = min(self.seq_len, getattr(config, "max_position_embeddings", None) or self.seq_len)
         for path in self.calib:
             sequences = read_text(
                 path, tokenizer, max_tokens=self.max_tokens, seq_len=seq_len, chat=self.chat
@@ -325,13 +324,11 @@ class _Job:
         model: PreTrainedModel,
         blocks: list[MoEBlock],
         whole: list[Snapshot],
-        tokenizer: Any,
         out: Path,
     ) -> None:
         with written_whole(out) as draft:
             save(model, draft, cast(Format, self.format))
-            if tokenizer is not None:
-                tokenizer.save_pretrained(draft)
+            copy_side_files(self.folder, draft)
             with restored(blocks, whole):
                 _write_mask(shrunk, blocks, draft)
             shrunk.after.disk = bytes_on_disk(draft)

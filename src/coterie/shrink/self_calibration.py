@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from coterie.data import written_whole
+from coterie.data import check_writable, written_whole
 from coterie.hf import find_moe_blocks, load, outline
 from coterie.hf.calibration import read_tokenizer
 from coterie.hf.progress import showing
@@ -85,6 +85,7 @@ def write_calibration(
         raise ValueError(f"no method {method!r}; use one of {', '.join(METHODS)}")
     if out.suffix != ".jsonl" or out.exists():
         raise ValueError(f"{out} {'exists already' if out.exists() else 'is no .jsonl file'}; name a new one")
+    check_writable(out)
     find_moe_blocks(outline(folder))
     tokenizer = read_tokenizer(folder)
     start: Any = first
