@@ -117,6 +117,8 @@ def test_what_the_system_refuses_is_one_line_and_exit_status_2(monkeypatch, caps
 
     full = OSError(28, "No space left on device", "out/a")
     assert run(full) == (2, "coterie: out/a: No space left on device\n")
+    taken = OSError(39, "Directory not empty", ".out.x/out", None, "out")
+    assert run(taken) == (2, "coterie: out: Directory not empty\n")
     assert run(OSError("cannot write out")) == (2, "coterie: cannot write out\n")
 
 

@@ -350,3 +350,27 @@ def test_streamed_sizes_are_those_of_the_model_in_memory_and_nothing_is_said_to_
         assert "perplexity on held-out text" not in text
         assert "0 held-out tokens" not in text
     assert "coterie prune" in (tmp_path / "out" / "report.html").read_text(), "how it was made"
+
+
+def test_a_function_of_a_record_is_a_method(checkpoint, texts):
+    def frequency(record):
+        return record.sum_by_expert(torch.ones_like(record.weights))
+
+    run = {"calib": texts[:1], "dry_run": True, "progress": False}
+    own = shrinking.prune_checkpoint(checkpoint, None, keep=4, method=frequency, **run)
+    named = shrinking.prune_checkpoint(checkpoint, None, keep=4, method="frequency", **run)
+    assert own == named
+    with pytest.raises(ValueError, match=r"a score should be 8 finite numbers, one per expert; found \[\]"):
+        shrinking.prune_checkpoint(checkpoint, None, keep=4, method=lambda record: torch.empty(0), **run)
+
+
+def test_a_function_of_a_record_makes_groups(checkpoint, texts):
+    def pairs(record):
+        return [[i, i + 1] for i in range(0, record.num_experts, 2)]
+
+    run = {"calib": texts[:1], "dry_run": True, "progress": False, "method": pairs}
+    merged = shrinking.merge_checkpoint(checkpoint, None, groups=4, **run)
+    assert merged.method == "pairs"
+    assert list(merged.experts.values()) == [[[0, 1], [2, 3], [4, 5], [6, 7]]] * 2
+    with pytest.raises(ValueError, match="4 groups were made; there should be 3"):
+        shrinking.merge_checkpoint(checkpoint, None, groups=3, **run)

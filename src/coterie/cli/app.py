@@ -29,7 +29,8 @@ def main() -> None:
         typer.echo(f"coterie: {error}", err=True)
         sys.exit(2)
     except OSError as error:  # no space, no permission, no such file
-        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+        file = error.filename2 or error.filename
+        what = f"{file}: {error.strerror}" if file and error.strerror else error
         typer.echo(f"coterie: {what}", err=True)
         sys.exit(2)
     except ModuleNotFoundError as error:

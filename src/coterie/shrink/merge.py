@@ -76,7 +76,8 @@ def around_dominant(
     >>> around_dominant(similarity, torch.tensor([5, 3, 1]), 2)
     [[0, 2], [1]]
     """
-    size, members = len(used_E) // routing_groups, []
+    size = len(used_E) // routing_groups
+    members: list[list[int]] = []
     dominant = kept_experts(used_E, groups, groups=routing_groups)
     for first in range(0, len(used_E), size):
         inside = range(first, first + size)
