@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from coterie import cli
 from coterie.hf import find_moe_blocks, load, save
+from coterie.hf.progress import showing
 from coterie.shrink import calibrate, load_mask, prune
 from coterie.shrink import checkpoint as shrinking
 
@@ -374,3 +375,13 @@ def test_a_function_of_a_record_makes_groups(checkpoint, texts):
     assert list(merged.experts.values()) == [[[0, 1], [2, 3], [4, 5], [6, 7]]] * 2
     with pytest.raises(ValueError, match="4 groups were made; there should be 3"):
         shrinking.merge_checkpoint(checkpoint, None, groups=3, **run)
+
+
+def test_outside_a_terminal_a_long_calibration_says_each_tenth(capsys):
+    with showing(40) as show:
+        for _ in range(40):
+            show.step("calibrating")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "[1/40] calibrating"
+    assert lines[-1] == "[40/40] calibrating"
+    assert len(lines) == 11
