@@ -86,7 +86,7 @@ def test_a_missing_extra_is_one_line_and_a_missing_module_of_ours_is_not_hidden(
     from coterie.cli import main
 
     def failing(error):
-        def run():
+        def run(arguments):
             raise error
 
         return run
@@ -101,3 +101,31 @@ def test_a_missing_extra_is_one_line_and_a_missing_module_of_ours_is_not_hidden(
     monkeypatch.setattr(module, "app", failing(ModuleNotFoundError("No module named 'coterie.gone'")))
     with pytest.raises(ModuleNotFoundError, match=r"coterie\.gone"):
         main()
+
+
+def test_what_the_system_refuses_is_one_line_and_exit_status_2(monkeypatch, capsys):
+    from coterie.cli import main
+
+    def run(error):
+        def failing(arguments):
+            raise error
+
+        monkeypatch.setattr(sys.modules[main.__module__], "app", failing)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, capsys.readouterr().err
+
+    full = OSError(28, "No space left on device", "out/a")
+    assert run(full) == (2, "coterie: out/a: No space left on device\n")
+    taken = OSError(39, "Directory not empty", ".out.x/out", None, "out")
+    assert run(taken) == (2, "coterie: out: Directory not empty\n")
+    assert run(OSError("cannot write out")) == (2, "coterie: cannot write out\n")
+
+
+def test_the_home_folder_is_known_where_the_shell_does_not_expand_it(monkeypatch):
+    from coterie.cli.app import _home
+
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert _home("--out=~/a b") == "--out=/home/ada/a b"
+    assert _home("~/model") == "/home/ada/model"
+    assert [_home(a) for a in ("a~/b", "--x=a=~/b", "-1", "--text")] == ["a~/b", "--x=a=~/b", "-1", "--text"]

@@ -1,6 +1,7 @@
 """`coterie inspect`: what it says is what the model did, and the command refuses what it cannot look into."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -164,6 +165,13 @@ def test_the_command_prints_tables_or_json_and_writes_the_page(run, files, texts
     assert "letters" in shown
 
 
+def test_no_sequence_is_longer_than_the_model_has_positions(files, texts, found, tmp_path):
+    shutil.copytree(files / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    assert inspect(tmp_path / "model", texts, tokens=256, length=512).layers == found.layers
+
+
 def test_bad_input_is_one_line_and_exit_status_2(run, files, texts, tmp_path):
     config = LlamaConfig(
         vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
@@ -179,7 +187,9 @@ def test_bad_input_is_one_line_and_exit_status_2(run, files, texts, tmp_path):
         ((tmp_path / "mute", "--text", texts[0]), "has no tokenizer"),
         ((files / "model", "--text", tmp_path / "short.txt"), "give at least 32"),
         ((files / "model",), "there is no text"),
-        ((tmp_path / "nowhere", "--text", texts[0]), "has no config.json"),
+        ((tmp_path / "nowhere", "--text", texts[0]), "nowhere does not exist"),
+        ((tmp_path / "nowhere", "--text", texts[0], "--html", tmp_path), "is a folder; name a file"),
+        ((tmp_path / "nowhere", "--html", tmp_path / "short.txt" / "page.html"), "short.txt is a file"),
         ((tmp_path / "alien", "--text", texts[0]), "model type `alien`"),
     ):
         code, shown, errors = run(*arguments)

@@ -86,7 +86,7 @@ def inspect(
         model: folder with config.json and safetensors.
         texts: see `coterie.hf.calibration_ids`; several are compared with each other.
         tokens: of each text, at most.
-        length: of a sequence.
+        length: of a sequence; the model's positions, if it has fewer.
         chat: see `coterie.hf.calibration_ids`.
         progress: called with the number of blocks that are done, and of all.
 
@@ -97,10 +97,13 @@ def inspect(
     if tokens < 1 or length < 1:
         raise ValueError(f"tokens={tokens} and length={length}; both must be positive")
     checkpoint = Checkpoint(model, experts_implementation="coterie")
-    vocab_size = checkpoint.model.config.get_text_config().vocab_size
+    config = checkpoint.model.config.get_text_config()
+    length = min(length, getattr(config, "max_position_embeddings", None) or length)
     tokenizer = None if all(map(holds_ids, texts)) else load_tokenizer(model)
     ids_BS = [
-        calibration_ids(text, tokenizer, tokens=tokens, length=length, vocab_size=vocab_size, chat=chat)
+        calibration_ids(
+            text, tokenizer, tokens=tokens, length=length, vocab_size=config.vocab_size, chat=chat
+        )
         for text in texts
     ]
 

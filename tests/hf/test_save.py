@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from coterie.hf import check_expressible, find_moe_blocks, load, save
+from coterie.hf import Checkpoint, check_expressible, find_moe_blocks, load, outline, save
 
 IDS = torch.arange(3, 17).view(2, 7)
 
@@ -154,10 +154,60 @@ def test_a_missing_or_damaged_file_is_one_line_that_names_it(model, tmp_path):
     refused(tmp_path, f"{shards[1].name} is missing; model.safetensors.index.json lists it")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": ')
     refused(tmp_path, "model.safetensors.index.json is damaged")
+    (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    refused(tmp_path, 'model.safetensors.index.json is damaged: it has no "weight_map"')
     (tmp_path / "config.json").write_text("{")
     refused(tmp_path, "config.json is damaged")
     (tmp_path / "config.json").unlink()
     refused(tmp_path, "has no config.json")
+    refused(tmp_path / "Qwen" / "Qwen3-30B-A3B", "does not exist.*of the Hub.*hf download")
+
+
+def test_weights_in_other_formats_are_named(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "has no safetensors files; pytorch_model.bin is not read")
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "q4.gguf")
+    refused(tmp_path, "has no config.json.*; q4.gguf is not read")
+
+
+def test_tensors_of_another_shape_are_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    change_config(tmp_path, num_local_experts=6)
+    refused(tmp_path, r"mlp\.\S+ has shape \[8, .*config.json asks \[6, ")
+
+
+def test_a_configuration_that_transformers_cannot_read_is_one_line(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    change_config(tmp_path, num_experts_per_tok="two")
+    refused(tmp_path, "config.json: .*num_experts_per_tok.*expected int, got str")
+    change_config(tmp_path, num_experts_per_tok=2, model_type="alien")
+    refused(tmp_path, "model type `alien`")
+
+
+@pytest.mark.parametrize("read", [outline, Checkpoint])
+def test_what_cannot_be_edited_is_refused_before_weights_are_read(model, tmp_path, read):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "coterie-packed.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"packed; coterie\.shrink\.load_packed"):
+        read(tmp_path)
+    (tmp_path / "coterie-packed.json").unlink()
+    change_config(tmp_path, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ValueError, match="is quantised; save it dequantised first"):
+        read(tmp_path)
+
+
+def test_an_outline_has_the_type_of_the_numbers_on_disk(model, tmp_path):
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert outline(tmp_path).dtype == torch.bfloat16
+    change_config(tmp_path, dtype=None)
+    assert outline(tmp_path).dtype == torch.bfloat16
+
+
+def change_config(folder, **fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def test_a_class_that_transformers_lacks_is_refused(model, tmp_path):

@@ -114,3 +114,12 @@ def test_a_headline_of_one_arm_states_it_and_of_none_is_refused():
     assert headline([arm]) == "The MoE reaches 1.500 bits per byte on held-out text."
     with pytest.raises(ValueError, match="at least one"):
         headline([])
+
+
+def test_a_narrow_terminal_folds_what_it_has_no_room_for_and_cuts_nothing(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    file = Terminal()
+    print_table(
+        "run", ["layer", "busiest load", "experts"], [["model.layers.0.mlp", "1.36", "10 11 12"]], file=file
+    )
+    assert "…" not in file.getvalue()

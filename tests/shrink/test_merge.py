@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from tiny_models import grouped
 
 from coterie.hf import BlockRecord, find_moe_blocks, recording
 from coterie.shrink import m_smoe
@@ -10,10 +11,10 @@ from coterie.shrink.segments import align, reordered
 IDS = torch.randint(257, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
-def record(model):
+def record(model, ids=IDS):
     blocks = find_moe_blocks(model)
     with recording(blocks, keep_inputs=1000) as records, torch.no_grad():
-        model(IDS)
+        model(ids)
     return blocks, records
 
 
@@ -55,6 +56,16 @@ def test_a_merged_expert_is_the_mean_weighted_by_use(model):
         ups = [experts.up[e][align(experts, members[0], e)].double() for e in members]
         wanted = sum(s * up for s, up in zip(share.flatten(), ups, strict=True))
         torch.testing.assert_close(block.experts.up[position].double(), wanted)
+
+
+def test_experts_are_merged_inside_their_routing_group():
+    model = grouped()
+    [block], [r] = record(model, IDS % 64)
+    members = m_smoe(block, r, 4)
+    assert [{i // 4 for i in ids} for ids in members] == [{0}, {0}, {1}, {1}]
+    assert sorted(itertools.chain(*members)) == list(range(8))
+    with torch.no_grad():
+        assert model(IDS % 64).logits.isfinite().all()
 
 
 def test_what_cannot_be_merged_is_refused(model):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from coterie import cli
 from coterie.hf import find_moe_blocks, load, save
+from coterie.hf.progress import showing
 from coterie.shrink import calibrate, load_mask, prune
 from coterie.shrink import checkpoint as shrinking
 
@@ -243,6 +244,9 @@ def dense(tmp_path):
         ({"--out": None}, "no output folder was given"),
         ({"MODEL": "dense"}, "LlamaForCausalLM has no MoE block"),
         ({"MODEL": "taken"}, "has no config.json"),
+        ({"--out": "taken/file/out"}, "taken/file is a file"),
+        ({"--seq-len": 0}, "seq_len=0; use tokens ≥ 256 and seq_len ≥ 2"),
+        ({"--tokens": -1}, "tokens=-1, seq_len=64; use tokens ≥ 256"),
     ],
 )
 def test_bad_input_is_one_line_exit_code_2_and_leaves_nothing(
@@ -301,3 +305,83 @@ def test_one_layer_at_a_time_writes_what_the_whole_model_in_memory_does(
     status, printed, err = coterie(*arguments, "--dry-run", "--stream")
     assert status == 0, err
     assert "nothing was written" in printed
+
+
+SIDE = {"LICENSE": "free", "generation_config.json": '{"temperature": 0.7}', "chat_template.jinja": "{{ m }}"}
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_what_lies_beside_the_weights_comes_along_but_not_what_told_of_the_source(
+    coterie, checkpoint, texts, tmp_path, stream
+):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(checkpoint, model)
+    (model / "additional_chat_templates").mkdir()
+    others = SIDE | {"additional_chat_templates/tools.jinja": "tools"}
+    stale = ["kept_experts.json", "report.html", "pytorch_model.bin", "q4.gguf", ".cache"]
+    for name, text in others.items():
+        (model / name).write_text(text)
+    for name in stale:
+        (model / name).write_text("of the source")
+    status, _, err = coterie("merge", model, "--groups", 4, "--calib", texts[0], "--out", out, *stream)
+    assert status == 0, err
+    for name, text in others.items():
+        assert (out / name).read_text() == text
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (model / name).read_bytes()
+    assert not [name for name in stale if (out / name).exists()]
+
+
+def test_streamed_sizes_are_those_of_the_model_in_memory_and_nothing_is_said_to_be_measured(
+    coterie, checkpoint, texts, tmp_path
+):
+    half = load(checkpoint).to(torch.bfloat16)
+    save(half, tmp_path / "half")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint / name, tmp_path / "half")
+    arguments = ["prune", tmp_path / "half", "--keep", 4, "--calib", texts[0]]
+    _, whole, _ = coterie(*arguments, "--dry-run", "--json")
+    _, streamed, _ = coterie(*arguments, "--dry-run", "--json", "--stream")
+    for when in ("before", "after"):
+        assert json.loads(streamed)[when]["sizes"] == json.loads(whole)[when]["sizes"]
+    status, printed, err = coterie(*arguments, "--out", tmp_path / "out", "--stream", "--report")
+    assert status == 0, err
+    for text in (printed, (tmp_path / "out" / "report.html").read_text()):
+        assert "perplexity and speed were not measured" in text
+        assert "perplexity on held-out text" not in text
+        assert "0 held-out tokens" not in text
+    assert "coterie prune" in (tmp_path / "out" / "report.html").read_text(), "how it was made"
+
+
+def test_a_function_of_a_record_is_a_method(checkpoint, texts):
+    def frequency(record):
+        return record.sum_by_expert(torch.ones_like(record.weights))
+
+    run = {"calib": texts[:1], "dry_run": True, "progress": False}
+    own = shrinking.prune_checkpoint(checkpoint, None, keep=4, method=frequency, **run)
+    named = shrinking.prune_checkpoint(checkpoint, None, keep=4, method="frequency", **run)
+    assert own == named
+    with pytest.raises(ValueError, match=r"a score should be 8 finite numbers, one per expert; found \[\]"):
+        shrinking.prune_checkpoint(checkpoint, None, keep=4, method=lambda record: torch.empty(0), **run)
+
+
+def test_a_function_of_a_record_makes_groups(checkpoint, texts):
+    def pairs(record):
+        return [[i, i + 1] for i in range(0, record.num_experts, 2)]
+
+    run = {"calib": texts[:1], "dry_run": True, "progress": False, "method": pairs}
+    merged = shrinking.merge_checkpoint(checkpoint, None, groups=4, **run)
+    assert merged.method == "pairs"
+    assert list(merged.experts.values()) == [[[0, 1], [2, 3], [4, 5], [6, 7]]] * 2
+    with pytest.raises(ValueError, match="4 groups were made; there should be 3"):
+        shrinking.merge_checkpoint(checkpoint, None, groups=3, **run)
+
+
+def test_outside_a_terminal_a_long_calibration_says_each_tenth(capsys):
+    with showing(40) as show:
+        for _ in range(40):
+            show.step("calibrating")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "[1/40] calibrating"
+    assert lines[-1] == "[40/40] calibrating"
+    assert len(lines) == 11

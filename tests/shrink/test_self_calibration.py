@@ -61,7 +61,10 @@ def test_the_table_says_how_even_the_text_is(coterie, checkpoint, tmp_path):
         assert row in printed
 
 
-def test_bad_wishes_are_refused_in_one_line(coterie, checkpoint, tmp_path):
+def test_bad_wishes_are_refused_in_one_line_before_weights_are_read(
+    coterie, checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("coterie.shrink.self_calibration.load", lambda *args, **options: pytest.fail("read"))
     (tmp_path / "taken.jsonl").write_text("")
     for options, message in [
         (["--out", tmp_path / "taken.jsonl"], "taken.jsonl exists already"),
@@ -69,6 +72,8 @@ def test_bad_wishes_are_refused_in_one_line(coterie, checkpoint, tmp_path):
         (["--out", tmp_path / "own.jsonl", "--method", "magic"], "no method 'magic'; use one of ebss, self"),
         (["--out", tmp_path / "own.jsonl", "--length", 512], "the model has positions for 64"),
         (["--out", tmp_path / "own.jsonl", "--length", 8, "--first", "eos"], "first_token='eos'"),
+        (["--out", tmp_path / "own.jsonl", "--n", 0], "use n ≥ 1"),
+        (["--out", tmp_path / "taken.jsonl" / "own.jsonl"], "taken.jsonl is a file"),
     ]:
         status, printed, err = coterie("calib", checkpoint, *options)
         assert (status, printed) == (2, "")

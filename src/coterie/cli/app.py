@@ -24,15 +24,26 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
-        app()
+        app([_home(argument) for argument in sys.argv[1:]])
     except ValueError as error:
         typer.echo(f"coterie: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:  # no space, no permission, no such file
+        file = error.filename2 or error.filename
+        what = f"{file}: {error.strerror}" if file and error.strerror else error
+        typer.echo(f"coterie: {what}", err=True)
         sys.exit(2)
     except ModuleNotFoundError as error:
         if "pip install 'coterie[" not in str(error):  # not an extra, but a fault of ours
             raise
         typer.echo(f"coterie: {error}", err=True)
         sys.exit(2)
+
+
+def _home(argument: str) -> str:
+    """`~/` in --option=~/file, which shells leave as it is, and in quotes."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{os.path.expanduser(value) if value.startswith('~/') else value}"
 
 
 LOST = "nothing was written"

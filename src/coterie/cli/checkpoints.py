@@ -1,5 +1,6 @@
 """Commands for owners of checkpoints: inspect, calib, prune, merge, quantize."""
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,12 +34,19 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")] = False,
 ) -> None:
     """Say what each expert of a checkpoint does with some text; one layer is in memory at a time."""
+    from coterie.data import check_writable
     from coterie.inspect import inspect, print_inspection, show_progress, write_page
 
+    if html:
+        check_writable(html)
+        if html.is_dir():
+            raise ValueError(
+                f"{html} is a folder; name a file for the page, such as {html / 'explorer.html'}"
+            )
     with interruptible(LOST), show_progress() as progress:
         found = inspect(model, text or [], tokens=tokens, chat=chat, progress=progress)
     if html:
-        write_page(html, found, command="coterie " + " ".join(sys.argv[1:]))
+        write_page(html, found, command=_command())
     if json:
         typer.echo(found.to_json())
         return
@@ -153,6 +161,7 @@ def prune(
             chat=chat,
             seed=seed,
         ),
+        LOST if dry_run or stream else RESUMES,
         report and not dry_run,
         json,
     )
@@ -198,6 +207,7 @@ def merge(
             stream=stream,
             chat=chat,
         ),
+        LOST if dry_run or stream else RESUMES,
         report and not dry_run,
         json,
     )
@@ -270,14 +280,18 @@ def quantize(
         print_quantized(quantized)
 
 
-def _shrink(run: Callable[[], "Shrunk"], report: bool, json: bool) -> None:
+def _shrink(run: Callable[[], "Shrunk"], advice: str, report: bool, json: bool) -> None:
     from coterie.report.shrunk import print_shrunk, write_shrunk_page
 
-    with interruptible(RESUMES):
+    with interruptible(advice):
         shrunk = run()
     if report:
-        write_shrunk_page(Path(str(shrunk.out)) / "report.html", shrunk)
+        write_shrunk_page(Path(str(shrunk.out)) / "report.html", shrunk, command=_command())
     if json:
         echo_json(shrunk.to_dict())
     else:
         print_shrunk(shrunk)
+
+
+def _command() -> str:
+    return shlex.join(["coterie", *sys.argv[1:]])

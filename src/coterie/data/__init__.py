@@ -16,7 +16,7 @@ from coterie.data.stream import read_stream, records, stream_chunks
 from coterie.data.tables import TableEncoder, check_columns, import_pandas, read_table, table_chunks
 from coterie.data.text import ByteCorpus, ByteWindows
 from coterie.data.tokenizer import END_OF_TEXT, VOCAB_SIZE, byte_tokenizer
-from coterie.data.whole import written_whole
+from coterie.data.whole import check_writable, written_whole
 
 __all__ = [
     "COMPAS_FEATURES",
@@ -36,6 +36,7 @@ __all__ = [
     "attack_tokens",
     "byte_tokenizer",
     "check_columns",
+    "check_writable",
     "compas",
     "corrupt_images",
     "counted",

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def written_whole(target: str | Path) -> Iterator[Path]:
@@ -17,6 +19,8 @@ def written_whole(target: str | Path) -> Iterator[Path]:
     Args:
         target: a file, which is replaced if it exists; or a folder, which must not exist or be empty.
 
+    Raises OSError if it cannot be written, also where safetensors calls that something else.
+
     >>> folder = Path(tempfile.mkdtemp())
     >>> with written_whole(folder / "notes.txt") as draft:
     ...     _ = draft.write_text("all of it")
@@ -27,5 +31,20 @@ def written_whole(target: str | Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as hidden:
         draft = Path(hidden) / target.name
-        yield draft
+        try:
+            yield draft
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(f"cannot write {target.name}: {error}") from None
         os.replace(draft, target)
+
+
+def check_writable(target: str | Path) -> None:
+    """Raises ValueError if there is no place or no permission to make `target`; ask before the work.
+
+    >>> check_writable(Path(tempfile.mkdtemp()) / "not" / "yet" / "there")
+    """
+    above = next(path for path in Path(target).absolute().parents if path.exists())
+    if not above.is_dir():
+        raise ValueError(f"{target} cannot be written: {above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{target} cannot be written: {above} is read-only")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -28,7 +28,7 @@ from transformers.utils import logging
 from coterie.hf import modules
 from coterie.hf.blocks import MoEBlock, find_moe_blocks
 from coterie.hf.layout import join
-from coterie.hf.load import check_files, model_class, shards
+from coterie.hf.load import model_class, read_editable, shards, stored_dtype
 
 SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers asks the environment
 
@@ -52,16 +52,10 @@ class Checkpoint:
 
     def __init__(self, folder: Path | str, **options: Any) -> None:
         self.folder = Path(folder)
-        check_files(folder)
-        try:
-            config = AutoConfig.from_pretrained(folder)
-        except (ValueError, OSError) as error:  # transformers adds advice over several lines
-            raise ValueError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
-        if getattr(config, "quantization_config", None) is not None:
-            raise ValueError(f"{folder} is quantised; save it dequantised first")
+        config = read_editable(folder)
         self._shard_of = {name: path for path in shards(self.folder) for name in _names(path)}
         with torch.device("meta"):
-            dtype = config.dtype or self._stored_dtype()
+            dtype = config.dtype or stored_dtype(shards(self.folder))
             make = model_class(self.folder)._from_config
             self.model: PreTrainedModel = make(config, dtype=dtype, **options).eval()
         for name, buffer in list(self.model.named_non_persistent_buffers()):
@@ -172,14 +166,6 @@ class Checkpoint:
             if target in state:
                 found.setdefault(self._part(target), []).append(name)
         return found
-
-    def _stored_dtype(self) -> torch.dtype:
-        for name, path in self._shard_of.items():
-            with safe_open(path, "pt") as file:
-                dtype: torch.dtype = file.get_tensor(name).dtype
-            if dtype.is_floating_point:
-                return dtype
-        return torch.float32
 
 
 def _names(path: Path) -> list[str]:

@@ -2,10 +2,12 @@
 
 import importlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 
@@ -24,16 +26,19 @@ def load(folder: Path | str, **options: Any) -> PreTrainedModel:
 
     Returns the model, in evaluation mode, of the class that config.json names.
 
-    Raises ValueError if a file is missing or damaged, the class is not one of transformers, or the experts
-    are packed.
+    Raises ValueError if a file is missing or damaged, the class is not one of transformers, the tensors are
+    not those that config.json asks for, or the experts are packed.
     """
     folder = Path(folder)
     check_files(folder)
-    if (folder / PACKED).exists():
-        raise ValueError(f"the experts in {folder} are packed; coterie.shrink.load_packed loads it")
+    _check_unpacked(folder)
     built = model_class(folder)
     model: PreTrainedModel
+    # transformers' own error for shapes is a table in the log; with this it returns them
+    options = {"ignore_mismatched_sizes": True, **options}
     model, found = built.from_pretrained(folder, output_loading_info=True, **options)
+    for name, stored, asked in sorted(found["mismatched_keys"]):
+        raise ValueError(f"{folder}: {name} has shape {list(stored)}, config.json asks {list(asked)}")
     missing = sorted(found["missing_keys"])
     if missing:  # transformers would leave them at random values
         raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
@@ -43,16 +48,61 @@ def load(folder: Path | str, **options: Any) -> PreTrainedModel:
 
 
 def outline(folder: Path | str) -> PreTrainedModel:
-    """The model that `load` would load, on the meta device: names, shapes and numbers, no weight is read.
+    """The model that `load(folder, dtype="auto")` would load, on the meta device; no weight is read.
 
-    Raises ValueError as `load`.
+    Raises ValueError as `read_editable`.
+    """
+    folder = Path(folder)
+    config = read_editable(folder)
+    with torch.device("meta"):
+        make = model_class(folder)._from_config
+        model: PreTrainedModel = make(config, dtype=config.dtype or stored_dtype(shards(folder)))
+    model.train(False)
+    return model
+
+
+def read_config(folder: Path | str) -> Any:
+    """The configuration in a model's folder.
+
+    Raises ValueError, in one line, if transformers does not know such a model.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError) as error:  # transformers adds advice over several lines
+        raise ValueError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
+    except StrictDataclassError as error:  # a field of another type
+        raise ValueError(f"{folder}: config.json: {' '.join(str(error).split())}") from None
+
+
+def stored_dtype(files: Iterable[Path]) -> torch.dtype:
+    """That of the first floating-point tensor in these safetensors files."""
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118, the file is no dict
+                dtype: torch.dtype = file.get_tensor(name).dtype
+                if dtype.is_floating_point:
+                    return dtype
+    return torch.float32
+
+
+def read_editable(folder: Path | str) -> Any:
+    """The configuration in the folder of a model whose experts are numbers that can be read and edited.
+
+    Raises ValueError if a file is missing or damaged, the model is unknown, its weights are quantised, or its
+    experts packed.
     """
     folder = Path(folder)
     check_files(folder)
-    with torch.device("meta"):
-        model: PreTrainedModel = model_class(folder)(AutoConfig.from_pretrained(folder))
-    model.train(False)
-    return model
+    _check_unpacked(folder)
+    config = read_config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{folder} is quantised; save it dequantised first")
+    return config
+
+
+def _check_unpacked(folder: Path) -> None:
+    if (folder / PACKED).exists():
+        raise ValueError(f"the experts in {folder} are packed; coterie.shrink.load_packed loads it")
 
 
 def check_files(folder: Path | str) -> None:
@@ -61,8 +111,13 @@ def check_files(folder: Path | str) -> None:
     Raises ValueError, naming the file, if one is missing or damaged.
     """
     folder = Path(folder)
+    if not folder.exists():
+        raise ValueError(
+            f"{folder} does not exist; name a folder with config.json and safetensors files. "
+            "A model of the Hub has to be there first: hf download NAME --local-dir FOLDER"
+        )
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json; it is not a model's folder")
+        raise ValueError(f"{folder} has no config.json; it is not a model's folder{_other_weights(folder)}")
     _read_json(folder / "config.json")
     for shard in shards(folder):
         if not shard.is_file():
@@ -81,11 +136,23 @@ def shards(folder: Path) -> list[Path]:
     """
     index = folder / INDEX
     if index.is_file():
-        return sorted({folder / name for name in _read_json(index)["weight_map"].values()})
+        content = _read_json(index)
+        if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
+            raise ValueError(f'{index} is damaged: it has no "weight_map", the file of each tensor')
+        return sorted({folder / name for name in content["weight_map"].values()})
     found = sorted(folder.glob("*.safetensors"))
     if not found:
-        raise ValueError(f"{folder} has no safetensors files")
+        raise ValueError(f"{folder} has no safetensors files{_other_weights(folder)}")
     return found
+
+
+def _other_weights(folder: Path) -> str:
+    """Advice for weights in a format that is not read: the end of an error message."""
+    paths = folder.iterdir() if folder.is_dir() else [folder]
+    names = sorted(path.name for path in paths if path.suffix in (".bin", ".gguf", ".pt", ".pth"))
+    if not names:
+        return ""
+    return f"; {names[0]} is not read: load it with transformers, and save_pretrained writes safetensors"
 
 
 def _read_json(path: Path) -> Any:
@@ -100,7 +167,7 @@ def model_class(folder: Path) -> Any:
 
     Raises ValueError if transformers has no such class.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     names = config.architectures or ["none"]
     module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
     found = getattr(module, names[0], None)

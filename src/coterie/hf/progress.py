@@ -17,7 +17,7 @@ class Show:
     bar: Progress | None
     lines: bool
     done: int = 0
-    said: str = ""
+    said: tuple[str, int] = ("", 0)
 
     def step(self, text: str) -> None:
         """One piece of the work is done; `text` says which."""
@@ -25,12 +25,13 @@ class Show:
         self.say(text)
 
     def say(self, text: str) -> None:
-        """Says what happens; the same words again make no new line."""
+        """Says what happens; the same words again make a new line only when another tenth is done."""
+        said = (text, 10 * self.done // max(self.total, 1))
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=self.done, description=text)
-        elif self.lines and text != self.said:
+        elif self.lines and said != self.said:
             print(f"[{self.done}/{self.total}] {text}", file=sys.stderr)
-        self.said = text
+        self.said = said
 
 
 @contextmanager

@@ -8,7 +8,6 @@ with rewriting(checkpoint, output) as writer:
 """
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,12 +22,17 @@ from coterie.hf.blocks import MoEBlock
 from coterie.hf.checkpoint import Checkpoint
 from coterie.hf.layout import FIELDS
 from coterie.hf.load import INDEX
-from coterie.hf.save import MANIFEST, Format, check_expressible, check_format, check_output, manifest
+from coterie.hf.save import (
+    MANIFEST,
+    Format,
+    check_expressible,
+    check_format,
+    check_output,
+    copy_side_files,
+    manifest,
+)
 
 SHARD_BYTES = 1 << 29  # of tensors that are copied as they are; what is edited makes one shard per layer
-
-# Weights in other formats would be those of the model before the edit.
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 def save_pruned(
@@ -129,10 +133,7 @@ class Writer:
             changed = {what: n for what, n in numbers.items() if n != getattr(layout, what)}
             modules.write_fields(block.config, changed)
         self._checkpoint.model.config.save_pretrained(self._folder)
-        for path in sorted(self._checkpoint.folder.iterdir()):
-            skipped = path.name.startswith(".") or path.name in (INDEX, MANIFEST, "config.json")
-            if path.is_file() and not skipped and not path.name.endswith((*WEIGHTS, ".index.json")):
-                shutil.copy2(path, self._folder)
+        copy_side_files(self._checkpoint.folder, self._folder)
 
     def _copy(self, part: str) -> None:
         shard: dict[str, Tensor] = {}

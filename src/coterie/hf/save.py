@@ -1,19 +1,26 @@
 """Saving an edited model: for plain transformers, or with one expert count per layer."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 from transformers import PreTrainedModel
 
-from coterie.data import written_whole
+from coterie.data import check_writable, written_whole
 from coterie.hf.blocks import MoEBlock, find_moe_blocks
 from coterie.hf.layout import FIELDS
 
 Format = Literal["transformers", "coterie"]
 MANIFEST = "coterie.json"
 PACKED = "coterie-packed.json"  # beside it where experts are packed: `coterie.shrink.load_packed` reads both
+MASK = "kept_experts.json"  # of a checkpoint that was pruned: which experts of its source those are
+
+# What a new checkpoint has of its own; weights in other formats would be those of the model before the edit.
+_OWN = ("config.json", MANIFEST, PACKED, MASK, "report.html")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+_TEMPLATES = "additional_chat_templates"
 
 
 def save(model: PreTrainedModel, folder: Path | str, format: Format = "transformers") -> None:
@@ -45,6 +52,23 @@ def manifest(blocks: Sequence[MoEBlock]) -> str:
     """The numbers of each block as JSON: the content of `coterie.json`."""
     numbers = {b.name: {what: getattr(b.layout, what) for what in FIELDS} for b in blocks}
     return json.dumps({"version": 1, "blocks": numbers}, indent=1) + "\n"
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Copies what a model's folder holds beside configuration and weights.
+
+    These are the tokenizer, chat templates, the settings of generation, licence and model card, as they are.
+
+    Args:
+        source: of the model that was edited.
+        folder: of the new one.
+    """
+    for path in sorted(source.iterdir()):
+        hidden = path.name.startswith(".")
+        if path.is_dir() and path.name == _TEMPLATES:
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        elif path.is_file() and not hidden and path.name not in _OWN and not path.name.endswith(_WEIGHTS):
+            shutil.copy2(path, folder)
 
 
 def check_expressible(blocks: Sequence[MoEBlock], num_experts: Sequence[int]) -> None:
@@ -86,6 +110,7 @@ def check_output(folder: Path, source: str) -> None:
         raise ValueError(f"{folder} is the folder the model came from; choose another for the output")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; choose a new folder or remove it first")
+    check_writable(folder)
 
 
 def bytes_on_disk(folder: Path | str) -> int:

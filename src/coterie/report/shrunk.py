@@ -1,10 +1,12 @@
 """What became of a checkpoint that was made smaller: on the terminal, and as a page."""
 
 import os
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import coterie
 from coterie.report.paper import PaperPage, Table, write_paper_page
 from coterie.report.tables import format_bytes, format_count, format_number, format_rate, print_table
 
@@ -15,6 +17,8 @@ BOUND = (
     "The result is bound to the text it was calibrated on: on other domains it can be far worse. "
     "Test it on what it will be used for."
 )
+
+STREAMED = "Streamed, one layer at a time: perplexity and speed were not measured."
 
 
 def print_shrunk(shrunk: "Shrunk") -> None:
@@ -27,10 +31,12 @@ def print_shrunk(shrunk: "Shrunk") -> None:
     if shrunk.out is None:
         print("This was a dry run: nothing was written, and no loss was measured.")
     else:
+        if shrunk.after.perplexity is None:
+            print(STREAMED)
         print(f"written to {shrunk.out}")
 
 
-def write_shrunk_page(path: str | os.PathLike[str], shrunk: "Shrunk") -> Path:
+def write_shrunk_page(path: str | os.PathLike[str], shrunk: "Shrunk", command: str = "") -> Path:
     """Writes the same as one self-contained HTML file; returns its path."""
     tables = [
         Table("Before and after", ["", "before", _after(shrunk)], _rows(shrunk)),
@@ -44,13 +50,17 @@ def write_shrunk_page(path: str | os.PathLike[str], shrunk: "Shrunk") -> Path:
         claims=[],
         tables=tables,
         measured_note=f"Perplexity is on {shrunk.heldout_tokens} held-out tokens of the calibration files; "
-        "speed is of forward passes on this machine, the two models by turns.",
+        "speed is of forward passes on this machine, the two models by turns."
+        if shrunk.after.perplexity is not None
+        else STREAMED,
         provenance={
             "checkpoint": shrunk.source,
             "calibration": "; ".join(
                 f"{path}, {tokens} tokens"
                 for path, tokens in zip(shrunk.domains, shrunk.calibration_tokens, strict=True)
             ),
+            **({"command": command} if command else {}),
+            "versions": f"coterie {coterie.__version__}, Python {platform.python_version()}",
         },
     )
     return write_paper_page(path, page)
@@ -77,7 +87,7 @@ def _rows(shrunk: "Shrunk") -> list[list[str]]:
         ("parameters", lambda m: format_count(m.sizes.total)),
         ("active per token", lambda m: format_count(m.sizes.active)),
     ]
-    if shrunk.out is not None:
+    if shrunk.after.perplexity is not None:
         rows += [
             ("perplexity on held-out text", lambda m: format_number(m.perplexity, 3)),
             ("tokens/s", lambda m: format_rate(m.speed)),

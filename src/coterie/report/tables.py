@@ -117,7 +117,12 @@ def _print_ruled(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
     # Text, not str: a label such as "[b]" is a label, not markup.
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if i == 0 else "right", style="dim" if i == 0 else "")
+        table.add_column(
+            Text(column),
+            justify="left" if i == 0 else "right",
+            style="dim" if i == 0 else "",
+            overflow="fold",  # not cut, where the terminal is narrow
+        )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console = Console(file=file)

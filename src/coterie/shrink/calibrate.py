@@ -93,6 +93,8 @@ def read_text(
 
     Raises ValueError if the file is missing, empty, too short or damaged, or there is no chat template.
     """
+    if max_tokens < 1 or seq_len < 2:
+        raise ValueError(f"tokens={max_tokens}, seq_len={seq_len}; use tokens ≥ {MIN_TOKENS} and seq_len ≥ 2")
     path = Path(path)
     sequences: list[list[int]] = []
     for document in documents(

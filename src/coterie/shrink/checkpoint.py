@@ -1,6 +1,6 @@
 """A checkpoint on disk, made smaller for the domains of some text: from checks to the new folder."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from coterie.hf import BlockRecord, MoEBlock, check_expressible, find_moe_blocks
 from coterie.hf.blocks import Snapshot
 from coterie.hf.calibration import read_tokenizer
 from coterie.hf.progress import Show, showing
-from coterie.hf.save import Format, bytes_on_disk, check_output
+from coterie.hf.save import MASK, Format, bytes_on_disk, check_output, copy_side_files
 from coterie.shrink.calibrate import (
     batches,
     calibrated,
@@ -27,7 +27,7 @@ from coterie.shrink.calibrate import (
     read_text,
 )
 from coterie.shrink.dern import dern
-from coterie.shrink.importance import gating, mixed
+from coterie.shrink.importance import Importance, gating, mixed
 from coterie.shrink.mask import save_mask
 from coterie.shrink.measure import interleaved_speed, perplexity, sizes
 from coterie.shrink.merge import m_smoe
@@ -35,9 +35,10 @@ from coterie.shrink.prune import METHODS, OUTPUT_ERROR, check_keep, choose, rest
 from coterie.shrink.result import Measured, Shrunk
 from coterie.shrink.streamed import Edit, edit_streamed
 
-MASK = "kept_experts.json"
 MERGES = ("m-smoe", "dern")
 """What `merge_checkpoint` knows."""
+
+Groups = Callable[[BlockRecord], list[list[int]]]
 
 _KEPT_INPUTS = 2048  # tokens of each domain whose block inputs are kept, for methods that need them
 
@@ -48,7 +49,7 @@ def prune_checkpoint(
     *,
     keep: int,
     calib: Sequence[Path | str],
-    method: str = "easy-ep",
+    method: str | Importance = "easy-ep",
     format: str = "transformers",
     dry_run: bool = False,
     max_tokens: int = 65536,
@@ -68,7 +69,7 @@ def prune_checkpoint(
         out: a new folder; None only in a dry run.
         keep: experts in each layer, at least as many as a token is sent to.
         calib: a text or .jsonl file for each domain; see `read_text`. The last tenth of each is held out.
-        method: one of METHODS.
+        method: one of METHODS, or a function of a block's record that scores its experts, [E].
         format: "transformers", which plain transformers loads, or "coterie".
         dry_run: choose, and write nothing.
         max_tokens: to calibrate on, of each domain at most.
@@ -85,7 +86,7 @@ def prune_checkpoint(
             express the result, an unknown method.
         KeyboardInterrupt: Ctrl-C; nothing is written but the calibration.
     """
-    if method not in METHODS:
+    if not callable(method) and method not in METHODS:
         raise ValueError(f"no method {method!r}; use one of {', '.join(METHODS)}")
 
     def edit(block: MoEBlock, records: Sequence[BlockRecord], number: int) -> list[list[int]]:
@@ -95,7 +96,18 @@ def prune_checkpoint(
 
     inputs = _KEPT_INPUTS if method == OUTPUT_ERROR else 0
     job = _Job(
-        Path(folder), out, keep, calib, method, format, dry_run, max_tokens, seq_len, inputs, stream, chat
+        Path(folder),
+        out,
+        keep,
+        calib,
+        _name(method),
+        format,
+        dry_run,
+        max_tokens,
+        seq_len,
+        inputs,
+        stream,
+        chat,
     )
     return job.run(edit, progress)
 
@@ -106,7 +118,7 @@ def merge_checkpoint(
     *,
     groups: int,
     calib: Sequence[Path | str],
-    method: str = "m-smoe",
+    method: str | Groups = "m-smoe",
     threshold: float = 0.6,
     format: str = "transformers",
     dry_run: bool = False,
@@ -124,7 +136,8 @@ def merge_checkpoint(
         groups: experts that are left in each layer.
         calib: see there. For m-smoe, several domains are one.
         method: "m-smoe", or "dern", which keeps as many experts as there are groups and gives them similar
-            neurons of the others, so that an expert's neurons may come into several groups.
+            neurons of the others, so that an expert's neurons may come into several groups. Or a function of
+            a block's record that returns the groups, as ids; a group's experts are averaged.
         threshold: of dern: how similar, as a cosine, -1 to 1.
         format: see there.
         dry_run: see there.
@@ -136,12 +149,18 @@ def merge_checkpoint(
 
     Raises as `prune_checkpoint`.
     """
-    if method not in MERGES:
+    if not callable(method) and method not in MERGES:
         raise ValueError(f"no method {method!r}; use one of {', '.join(MERGES)}")
     if not -1 <= threshold <= 1:
         raise ValueError(f"threshold={threshold}; it is a cosine, use -1 ≤ threshold ≤ 1")
 
     def edit(block: MoEBlock, records: Sequence[BlockRecord], number: int) -> list[list[int]]:
+        if callable(method):
+            members = method(joined(records))
+            if len(members) != groups:
+                raise ValueError(f"{block.name}: {len(members)} groups were made; there should be {groups}")
+            block.merge(members)
+            return members
         if method == "m-smoe":
             return m_smoe(block, joined(records), groups)
         [score_E] = mixed([[gating(record)] for record in records])
@@ -152,7 +171,7 @@ def merge_checkpoint(
         out,
         groups,
         calib,
-        method,
+        _name(method),
         format,
         dry_run,
         max_tokens,
@@ -162,6 +181,10 @@ def merge_checkpoint(
         chat,
     )
     return job.run(edit, progress)
+
+
+def _name(method: Any) -> str:
+    return method if isinstance(method, str) else str(getattr(method, "__name__", type(method).__name__))
 
 
 @dataclass
@@ -220,7 +243,7 @@ class _Job:
             show.say("measuring both on held-out text")
             _measure(shrunk, model, blocks, whole, heldout)
             show.say(f"writing {out}")
-            self._write(shrunk, model, blocks, whole, tokenizer, out)
+            self._write(shrunk, model, blocks, whole, out)
             if folder is not None:
                 forget(folder)
         return shrunk
@@ -285,7 +308,7 @@ class _Job:
 
     def _read(self, config: Any, tokenizer: Any) -> tuple[list[list[Tensor]], list[Tensor]]:
         domains, rest = [], []
-        seq_len = min(self.seq_len, config.max_position_embeddings)
+        seq_len = min(self.seq_len, getattr(config, "max_position_embeddings", None) or self.seq_len)
         for path in self.calib:
             sequences = read_text(
                 path, tokenizer, max_tokens=self.max_tokens, seq_len=seq_len, chat=self.chat
@@ -325,13 +348,11 @@ class _Job:
         model: PreTrainedModel,
         blocks: list[MoEBlock],
         whole: list[Snapshot],
-        tokenizer: Any,
         out: Path,
     ) -> None:
         with written_whole(out) as draft:
             save(model, draft, cast(Format, self.format))
-            if tokenizer is not None:
-                tokenizer.save_pretrained(draft)
+            copy_side_files(self.folder, draft)
             with restored(blocks, whole):
                 _write_mask(shrunk, blocks, draft)
             shrunk.after.disk = bytes_on_disk(draft)

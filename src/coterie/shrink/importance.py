@@ -1,6 +1,6 @@
 """How much each expert matters to some text: one function of a block's record per method, [E] float64.
 
-A new method is a function here and a line in IMPORTANCE.
+A new method is a function like those here, given in the place of a name; a line in IMPORTANCE names it.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from coterie.hf import BlockRecord
+
+Importance = Callable[[BlockRecord], Tensor]
 
 
 def frequency(record: BlockRecord) -> Tensor:
@@ -47,7 +49,7 @@ def easy_ep(record: BlockRecord) -> Tensor:
     return record.sum_by_expert(record.weights * record.norms * _moved_T1(record))
 
 
-IMPORTANCE: dict[str, Callable[[BlockRecord], Tensor]] = {
+IMPORTANCE: dict[str, Importance] = {
     "frequency": frequency,
     "gating": gating,
     "gating-norm": gating_norm,
@@ -66,26 +68,38 @@ def _moved_T1(record: BlockRecord) -> Tensor:
     return record.moved.unsqueeze(1)
 
 
-def importance(records: Sequence[BlockRecord], method: str, *, seed: int = 0) -> list[Tensor]:
+def importance(records: Sequence[BlockRecord], method: str | Importance, *, seed: int = 0) -> list[Tensor]:
     """[E] float64 per block.
 
     Args:
         records: of `coterie.hf.recording`, one per block.
-        method: a key of IMPORTANCE, or "random".
+        method: a key of IMPORTANCE, "random", or a function of a record like those here.
         seed: of "random".
 
     Raises:
-        ValueError: an unknown method; records without a token.
+        ValueError: an unknown method; records without a token; a function that gives something else.
+
+    >>> record = BlockRecord("mlp", 3, torch.tensor([[0, 2], [2, 1]]), torch.tensor([[0.9, 0.1], [0.8, 0.2]]))
+    >>> importance([record], lambda r: r.sum_by_expert(r.weights.square()))[0].round(decimals=2).tolist()
+    [0.81, 0.04, 0.65]
     """
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
         return [torch.rand(r.num_experts, generator=generator, dtype=torch.float64) for r in records]
-    if method not in IMPORTANCE:
+    if not callable(method) and method not in IMPORTANCE:
         raise ValueError(f"no method {method!r}; use one of {', '.join([*IMPORTANCE, 'random'])}")
     empty = [record.name for record in records if not len(record.experts)]
     if empty:
         raise ValueError(f"nothing was recorded for {empty[0]}; give text to calibrate on")
-    return [IMPORTANCE[method](record) for record in records]
+    score = method if callable(method) else IMPORTANCE[method]
+    scores = [score(record) for record in records]
+    for record, score_E in zip(records, scores, strict=True):
+        if score_E.shape != (record.num_experts,) or not score_E.isfinite().all():
+            raise ValueError(
+                f"{record.name}: a score should be {record.num_experts} finite numbers, one per expert; "
+                f"found {score_E.tolist()}"
+            )
+    return scores
 
 
 def mixed(domains: Sequence[Sequence[Tensor]]) -> list[Tensor]:

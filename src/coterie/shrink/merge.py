@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coterie.hf import BlockRecord, MoEBlock
-from coterie.shrink.importance import frequency
+from coterie.shrink.importance import frequency, kept_experts
 from coterie.shrink.prune import check_keep
 from coterie.shrink.segments import align, reordered
 
@@ -17,7 +17,7 @@ def m_smoe(block: MoEBlock, record: BlockRecord, groups: int) -> list[list[int]]
 
     Each group is an expert that is used often and those that tokens want in its place. Neurons are brought
     into the order of the group's first expert, then weights and router rows are averaged by how often the
-    experts are used.
+    experts are used. Where the router chooses among groups of experts, only those of one group are merged.
 
     Args:
         block: with a linear router that reads what the experts read.
@@ -33,7 +33,8 @@ def m_smoe(block: MoEBlock, record: BlockRecord, groups: int) -> list[list[int]]
     """
     check_keep([block], groups)
     used_E = frequency(record).clamp(min=1)
-    members = around_dominant(router_similarity(block, record.inputs), used_E, groups)
+    similarity_EE = router_similarity(block, record.inputs)
+    members = around_dominant(similarity_EE, used_E, groups, routing_groups=block.layout.groups)
     experts = block.experts
     for first, *others in members:
         for other in others:
@@ -63,18 +64,27 @@ def router_similarity(block: MoEBlock, inputs_TD: Tensor) -> Tensor:
     return unit_TE.T @ unit_TE
 
 
-def around_dominant(similarity_EE: Tensor, used_E: Tensor, groups: int) -> list[list[int]]:
+def around_dominant(
+    similarity_EE: Tensor, used_E: Tensor, groups: int, *, routing_groups: int = 1
+) -> list[list[int]]:
     """The `groups` most used experts, each followed by the others that are most similar to it.
+
+    With `routing_groups`, into which the experts are divided in order, each is treated as if it were alone.
 
     >>> import torch
     >>> similarity = torch.tensor([[1.0, 0.2, 0.9], [0.2, 1.0, 0.1], [0.9, 0.1, 1.0]])
     >>> around_dominant(similarity, torch.tensor([5, 3, 1]), 2)
     [[0, 2], [1]]
     """
-    dominant = sorted(used_E.topk(groups).indices.tolist())
-    members = {d: [d] for d in dominant}
-    for expert in range(len(used_E)):
-        if expert not in members:
-            nearest = int(similarity_EE[expert, dominant].argmax())
-            members[dominant[nearest]].append(expert)
-    return [members[d] for d in dominant]
+    size = len(used_E) // routing_groups
+    members: list[list[int]] = []
+    dominant = kept_experts(used_E, groups, groups=routing_groups)
+    for first in range(0, len(used_E), size):
+        inside = range(first, first + size)
+        own = {d: [d] for d in dominant if d in inside}
+        for expert in inside:
+            if expert not in own:
+                nearest = int(similarity_EE[expert, list(own)].argmax())
+                own[list(own)[nearest]].append(expert)
+        members += own.values()
+    return members

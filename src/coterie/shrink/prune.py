@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coterie.hf import BlockRecord, MoEBlock
 from coterie.hf.blocks import Snapshot
 from coterie.hf.edit import check_groups
-from coterie.shrink.importance import IMPORTANCE, importance, kept_experts, mixed
+from coterie.shrink.importance import IMPORTANCE, Importance, importance, kept_experts, mixed
 
 OUTPUT_ERROR = "output-error"
 METHODS = (*IMPORTANCE, "random", OUTPUT_ERROR)
@@ -21,7 +21,7 @@ METHODS = (*IMPORTANCE, "random", OUTPUT_ERROR)
 
 
 def choose(
-    block: MoEBlock, records: Sequence[BlockRecord], method: str, keep: int, *, seed: int = 0
+    block: MoEBlock, records: Sequence[BlockRecord], method: str | Importance, keep: int, *, seed: int = 0
 ) -> list[int]:
     """The experts that a block should keep, by their ids, rising.
 
@@ -29,7 +29,7 @@ def choose(
         block: whose experts are chosen.
         records: what it did with the text of each domain; one for a single domain. Scores of several are
             made to sum to 1 each, then averaged.
-        method: one of METHODS.
+        method: one of METHODS, or a function of a record that scores its experts, [E].
         keep: how many, top_k ≤ keep ≤ E.
         seed: of "random"; blocks should differ in it.
 

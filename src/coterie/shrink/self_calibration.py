@@ -5,12 +5,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from coterie.data import written_whole
+import torch
+
+from coterie.data import check_writable, written_whole
 from coterie.hf import find_moe_blocks, load, outline
 from coterie.hf.calibration import read_tokenizer
 from coterie.hf.progress import showing
 from coterie.shrink.calibrate import batches
-from coterie.shrink.self_text import ebss, self_sample
+from coterie.shrink.self_text import ebss, first_tokens, self_sample
 from coterie.shrink.usage import balance_sigma, expert_usage
 
 METHODS = ("ebss", "self")
@@ -85,11 +87,14 @@ def write_calibration(
         raise ValueError(f"no method {method!r}; use one of {', '.join(METHODS)}")
     if out.suffix != ".jsonl" or out.exists():
         raise ValueError(f"{out} {'exists already' if out.exists() else 'is no .jsonl file'}; name a new one")
-    find_moe_blocks(outline(folder))
+    check_writable(out)
+    sketch = outline(folder)
+    find_moe_blocks(sketch)
     tokenizer = read_tokenizer(folder)
     start: Any = first
     if first == "vocab" and tokenizer is not None:
         start = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    first_tokens(sketch, n, length, start, BATCH, torch.Generator())  # which refuses what cannot be, early
     model = load(folder, dtype="auto")
     with showing(-(-n // BATCH), progress) as show:
 

@@ -59,7 +59,7 @@ def self_sample(
     Raises ValueError as `ebss`.
     """
     draw = torch.Generator().manual_seed(seed)
-    first_N = _first_tokens(model, n, length, first_token, batch_size, draw)
+    first_N = first_tokens(model, n, length, first_token, batch_size, draw)
     return _joined(
         [_sampled(model, ids_N, length, draw, on_batch) for ids_N in torch.split(first_N, batch_size)]
     )
@@ -114,7 +114,7 @@ def ebss(
             f"expand={expand!r}, balance_scope={balance_scope!r}; use topk or sample, and sentence or set"
         )
     draw = torch.Generator().manual_seed(seed)
-    first_N = _first_tokens(model, n, length, first_token, batch_size, draw)
+    first_N = first_tokens(model, n, length, first_token, batch_size, draw)
     written = [torch.zeros(block.num_experts) for block in find_moe_blocks(model)]
     parts = []
     for ids_N in torch.split(first_N, batch_size):
@@ -206,7 +206,7 @@ class _Reader:
             cache.reorder_cache(rows.to(self.model.device))
 
 
-def _first_tokens(
+def first_tokens(
     model: PreTrainedModel,
     n: int,
     length: int,
@@ -214,6 +214,18 @@ def _first_tokens(
     batch_size: int,
     draw: torch.Generator,
 ) -> Tensor:
+    """The first token of each sentence, [N]; no weight of the model is read.
+
+    Args:
+        model: as of `ebss`, like n, length, and batch_size.
+        n: see there.
+        length: see there.
+        first: its `first_token`.
+        batch_size: see there.
+        draw: is drawn from.
+
+    Raises ValueError as `ebss` for all of these.
+    """
     config = model.config.get_text_config()
     if n < 1 or length < 2 or batch_size < 1:
         raise ValueError(
