@@ -24,7 +24,7 @@ from coterie.shrink.prune import (
     restored,
 )
 from coterie.shrink.quantize import awq, rtn
-from coterie.shrink.quantize_block import quantize_block
+from coterie.shrink.quantize_block import quantize_block, quantize_router
 from coterie.shrink.routed import RoutedTokens, block_inputs, routed_tokens
 from coterie.shrink.self_text import SelfText, ebss, self_sample
 from coterie.shrink.top_any import (
@@ -84,6 +84,7 @@ __all__ = [
     "prune",
     "pruned",
     "quantize_block",
+    "quantize_router",
     "random_mask",
     "ratio_threshold",
     "restored",
