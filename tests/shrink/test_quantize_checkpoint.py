@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import grouped, mixtral, tiny
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, Gemma4ForCausalLM, Gemma4TextConfig, LlamaConfig, LlamaForCausalLM
 
 from coterie import cli
-from coterie.hf import bytes_on_disk, find_moe_blocks, load
+from coterie.hf import bytes_on_disk, find_moe_blocks, load, stream_layers
 from coterie.shrink import load_packed, perplexity, rounding, save_packed
 from coterie.shrink import quantize_checkpoint as quantizing
 from coterie.shrink.calibrate import batches, held_out, read_text
@@ -175,8 +175,16 @@ def test_an_interrupted_run_goes_on_after_the_last_block_it_did(
     assert "the same command goes on with what is left" in err
     assert not out.exists()
     monkeypatch.setattr(rounding, "expert_statistics", None)  # all was measured
+    passes = []
+
+    def counted(*args):
+        passes.append(args)
+        yield from stream_layers(*args)
+
+    monkeypatch.setattr(quantizing, "stream_layers", counted)
     status, printed, err = coterie("quantize", checkpoint, *arguments, "--out", out)
     assert status == 0, err
+    assert len(passes) == len(stream)  # the one that rounds
     assert ("tokens/s" in printed, "perplexity" in printed) == (not stream, not stream)
     assert rounded == ["model.layers.0.mlp", "model.layers.1.mlp", "model.layers.1.mlp"]
     same_tensors(out, tmp_path / "straight")
@@ -268,6 +276,16 @@ def test_experts_of_unlike_sizes_share_no_budget():
     rounding.BlockRounding(**options).check([*blocks, *wide])
     with pytest.raises(ValueError, match=r"experts of model.layers.0.mlp are \[24, 32\], of .* \[16, 32\]"):
         rounding.BlockRounding(**options, scope="model").check([*blocks, *wide])
+
+
+def test_experts_inside_the_decoder_layer_itself_are_refused_before_work():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    sizes |= {"global_head_dim": 16, "num_experts": 4, "top_k_experts": 2, "enable_moe_block": True}
+    config = Gemma4TextConfig(**sizes, vocab_size_per_layer_input=64, hidden_size_per_layer_input=0)
+    blocks = find_moe_blocks(Gemma4ForCausalLM(config))
+    with pytest.raises(ValueError, match=r"model\.layers\.0 holds its experts and attention alike"):
+        rounding.BlockRounding("gptq", 4, 32).check(blocks)
 
 
 def test_other_text_to_test_on_leaves_all_of_the_calibration_text_to_calibrate_on(

@@ -13,6 +13,7 @@ from coterie.shrink import (
     block_inputs,
     gptq,
     load_packed,
+    pack_block,
     quantize_block,
     quantize_router,
     routed_tokens,
@@ -113,21 +114,20 @@ def test_moequant_rounds_the_router_first_and_experts_on_what_that_sends_them(
     done = quantize_checkpoint(checkpoint, tmp_path / "out", stream=stream, **options)
     assert done.router_bits == 3
     small, model = load_packed(tmp_path / "out"), load(checkpoint)
-    block = find_moe_blocks(model)[0]  # of the first, nothing before it was rounded
     ids = calibration(checkpoint, texts[0])
-    x_TD = block_inputs(model, block, ids)
-    before = routed_tokens(block, x_TD).weights_TK
-    plain, _ = quantize_block(block, x_TD, [3] * 8, affinity=True, group_size=32)
-    rows = quantize_router(block, x_TD, 3, group_size=32).dequantize()
-    assert torch.equal(small.model.layers[0].mlp.gate.weight, rows)
-    block.router.rows.copy_(rows)
-    assert not torch.equal(routed_tokens(block, x_TD).weights_TK, before)
-    w_in, w_out = quantize_block(block, x_TD, [3] * 8, affinity=True, group_size=32)
-    stored = small.model.layers[0].mlp.experts.packed.packed()
-    for e in range(8):
-        assert torch.equal(stored.w_in[e].levels(), w_in[e].levels())
-        assert torch.equal(stored.w_out[e].levels(), w_out[e].levels())
-    assert any(not torch.equal(a.levels(), b.levels()) for a, b in zip(plain, w_in, strict=True))
+    for block, layer in zip(find_moe_blocks(model), small.model.layers, strict=True):
+        x_TD = block_inputs(model, block, ids)  # of a model whose blocks before are rounded
+        before = routed_tokens(block, x_TD).weights_TK
+        plain, _ = quantize_block(block, x_TD, [3] * 8, affinity=True, group_size=32)
+        rows = quantize_router(block, x_TD, 3, group_size=32).dequantize()
+        block.router.rows.copy_(rows)
+        assert torch.equal(layer.mlp.gate.weight, rows)
+        assert not torch.equal(routed_tokens(block, x_TD).weights_TK, before)
+        w_in, w_out = quantize_block(block, x_TD, [3] * 8, affinity=True, group_size=32)
+        assert any(not torch.equal(a.levels(), b.levels()) for a, b in zip(plain, w_in, strict=True))
+        bank = pack_block(model, block, w_in, w_out)
+        for name, tensor in bank.packed.state_dict().items():
+            assert torch.equal(layer.mlp.experts.packed.state_dict()[name], tensor), name
 
 
 def calibration(folder, text):

@@ -249,10 +249,14 @@ class _Job:
         """
         if not self.rounding.chooses:
             return self.rounding.plan(blocks, [])
-        found = []
-        for number, (block, inputs) in enumerate(reading):
-            found.append(self.rounding.statistics(number, block, inputs))
-            show.step(f"{block.name}: measured")
+        found = self.rounding.kept_statistics(len(blocks))
+        if len(found) < len(blocks):
+            found = []
+            for number, (block, inputs) in enumerate(reading):
+                found.append(self.rounding.statistics(number, block, inputs))
+                show.step(f"{block.name}: measured")
+        else:
+            show.done += len(blocks)
         plan = self.rounding.plan(blocks, found)
         for block, widths in zip(blocks, plan, strict=True):
             counts = ", ".join(f"{widths.count(b)} in {b}" for b in sorted(set(widths)))

@@ -1,5 +1,6 @@
 """What `quantize_checkpoint` does with one block, and what of it was done before an interruption."""
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -112,13 +113,19 @@ class BlockRounding:
             block: of the model as it was.
             inputs: gives what it reads [T, D]; not called if that is not needed.
         """
-        file = None if self.folder is None else self.folder / f"statistics-{number:05}.json"
+        file = self._statistics_file(number)
         if file is not None and file.exists():
             return _read_statistics(file)
         found = expert_statistics(block, inputs(), group_size=self.group_size)
         if file is not None:
             _write_statistics(found, file)
         return found
+
+    def kept_statistics(self, count: int) -> list[ExpertStatistics]:
+        """Those of the first blocks, `count` at most, that an interrupted run kept; no pass gave them."""
+        files = (self._statistics_file(number) for number in range(count))
+        kept = itertools.takewhile(lambda file: file is not None and file.exists(), files)
+        return [_read_statistics(file) for file in kept if file is not None]
 
     def plan(self, blocks: Sequence[MoEBlock], statistics: Sequence[ExpertStatistics]) -> list[list[int]]:
         """Bits of each expert of each block.
@@ -175,6 +182,9 @@ class BlockRounding:
     def nbytes(self, block: MoEBlock, widths: list[int]) -> int:
         """Bytes that the block's experts will take."""
         return packed_nbytes(block, widths, self.group_size, scaled=ROUNDINGS[self.method] == "awq")
+
+    def _statistics_file(self, number: int) -> Path | None:
+        return None if self.folder is None else self.folder / f"statistics-{number:05}.json"
 
     def _check_scope(self, blocks: list[MoEBlock]) -> None:
         if self.scope not in (LAYER, MODEL):
