@@ -67,3 +67,24 @@ def test_costs_must_be_finite_and_fit_the_sizes():
         cheapest_choices([[1, math.nan], [1, 2]], [1, 2], 4)
     with pytest.raises(ValueError, match=r"\(2, 2\); 3 sizes take \[items, 3\]"):
         cheapest_choices([[1, 2], [1, 2]], [1, 2, 3], 4)
+
+
+def test_all_experts_of_48_layers_at_once_get_what_a_price_per_bit_proves_best():
+    """Whoever pays a price per bit takes the cheapest choice for each expert alone; with a budget of just the
+    bits that this takes, nothing is cheaper, or paying the price it would be, too."""
+    items, sizes = 48 * 128, np.array([1, 2, 3])
+    costs = np.sort(np.random.default_rng(0).lognormal(sigma=2, size=(items, 3)))[:, ::-1]
+    alone = (costs + 0.7 * sizes).argmin(1)
+    budget = int(sizes[alone].sum())
+    assert set(alone.tolist()) == {0, 1, 2}
+    assert cheapest_choices(costs, sizes.tolist(), budget, at_least_one=[1, 2]) == alone.tolist()
+    less = cheapest_choices(costs, sizes.tolist(), budget - 1, at_least_one=[1, 2])
+    loss = costs[range(items), less].sum() - costs[range(items), alone].sum()
+    assert sizes[less].sum() == budget - 1
+    assert loss > 0.7 - 1e-9  # the dearest bit that was left out is worth more than its price
+
+
+def test_no_item_needs_no_budget():
+    assert cheapest_choices(np.zeros((0, 2)), [1, 2], 0) == []
+    with pytest.raises(ValueError, match=r"nothing fits: 0 items .* choices \[1\] at least once each"):
+        cheapest_choices(np.zeros((0, 2)), [1, 2], 0, at_least_one=[1])

@@ -1,5 +1,7 @@
 """Statistics say what the block does with an expert; the allocation is the published one."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from coterie.reproduce.mc_sharp import PUBLISHED
 from coterie.shrink import (
     ExpertStatistics,
     allocate_bits,
+    allocate_model_bits,
     block_inputs,
     expert_statistics,
     routed_tokens,
@@ -128,3 +131,90 @@ def test_bad_calibration_is_named(model):
         model.model.embed_tokens.weight[5] = torch.nan
     with pytest.raises(ValueError, match=r"model.layers.1.mlp: 4 of 4 of its inputs are not finite"):
         block_inputs(model, block, [torch.tensor([[1, 2, 5, 3]])])
+
+
+def some_statistics(seed, sizes=(4, 3), scales=(1.0, 5.0)):
+    draw = torch.Generator().manual_seed(seed)
+    return [
+        ExpertStatistics(
+            f"layer {i}",
+            torch.rand(size, generator=draw) + 0.1,
+            torch.rand(size, generator=draw) + 0.1,
+            scale * torch.rand(size, 3, generator=draw).sort(1, descending=True).values,
+        )
+        for i, (size, scale) in enumerate(zip(sizes, scales, strict=True))
+    ]
+
+
+def total_cost(statistics, plan):
+    """Σ frequency · weight^1.5 · error, frequencies and weights as shares of their block's."""
+    total = 0.0
+    for one, widths in zip(statistics, plan, strict=True):
+        for e, width in enumerate(widths):
+            share = one.frequency[e].item() / one.frequency.sum().item()
+            weight = one.weight[e].item() / one.weight.sum().item()
+            total += share * weight**1.5 * one.error[e, width - 1].item()
+    return total
+
+
+@pytest.mark.parametrize("average", [1.5, 2.0, 2.6])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_bits_within_the_budget_of_the_model_cost_less(seed, average):
+    statistics = some_statistics(seed)
+    plan = allocate_model_bits(statistics, average)
+    best = min(
+        total_cost(statistics, (bits[:4], bits[4:]))
+        for bits in itertools.product((1, 2, 3), repeat=7)
+        if sum(bits) <= 7 * average and {2, 3} <= set(bits)
+    )
+    assert [len(bits) for bits in plan] == [4, 3]
+    assert total_cost(statistics, plan) == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_program_for_the_model_costs_at_most_what_one_per_block_does(seed):
+    statistics = some_statistics(seed, sizes=(8, 8, 8), scales=(1.0, 4.0, 16.0))
+    blocks = [allocate_bits(one, 2.0) for one in statistics]
+    model = allocate_model_bits(statistics, 2.0)
+    assert sum(map(sum, model)) <= 2 * 24
+    assert total_cost(statistics, model) < total_cost(statistics, blocks)
+    assert sum(model[0]) < sum(model[2])  # bits went where errors are large
+
+
+def test_of_one_block_the_model_program_is_the_block_program():
+    (one,) = some_statistics(0, sizes=(8,), scales=(1.0,))
+    assert allocate_model_bits([one], 2.05) == [allocate_bits(one, 2.05)]
+    exponents = {"alpha": 0, "beta": 0, "gamma": 2}
+    assert allocate_model_bits([one], 2.05, **exponents) == [allocate_bits(one, 2.05, **exponents)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_block_order_changes_no_block_s_bits(seed):
+    statistics = some_statistics(seed, sizes=(6, 5, 4), scales=(1.0, 2.0, 3.0))
+    plan = allocate_model_bits(statistics, 2.0)
+    assert allocate_model_bits(statistics[::-1], 2.0) == plan[::-1]
+
+
+def test_the_budget_of_a_model_may_be_lower_than_that_of_each_block():
+    statistics = some_statistics(0, sizes=(8, 8), scales=(1.0, 1.0))
+    assert sum(map(sum, allocate_model_bits(statistics, 19 / 16))) == 19  # 14 in 1 bit, one in 2, one in 3
+    with pytest.raises(ValueError, match=r"infeasible: layer 0 has 8 experts .* use 1.375 … 3"):
+        allocate_bits(statistics[0], 19 / 16)
+    with pytest.raises(ValueError, match=r"infeasible: the model has 16 experts .* use 1.188 … 3"):
+        allocate_model_bits(statistics, 18 / 16)
+
+
+def test_statistics_that_do_not_fit_each_other_are_named():
+    first, second = some_statistics(0)
+    second.bits = (2, 3, 4)
+    with pytest.raises(ValueError, match=r"layer 1 was measured in \(2, 3, 4\) bits, layer 0 in \(1, 2, 3\)"):
+        allocate_model_bits([first, second], 2.0)
+    with pytest.raises(ValueError, match="there are no statistics"):
+        allocate_model_bits([], 2.0)
+
+
+def test_an_unreached_expert_is_warned_of_in_the_model_s_program_too():
+    first, second = some_statistics(0)
+    second.frequency[1] = second.weight[1] = 0
+    with pytest.warns(UserWarning, match=r"layer 1: no calibration token reached experts \[1\]"):
+        assert allocate_model_bits([first, second], 2.4)[1][1] == 1

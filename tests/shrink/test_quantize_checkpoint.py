@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import grouped, mixtral
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_models import grouped, mixtral, tiny
+from transformers import AutoTokenizer, Gemma4ForCausalLM, Gemma4TextConfig, LlamaConfig, LlamaForCausalLM
 
 from coterie import cli
-from coterie.hf import bytes_on_disk, find_moe_blocks, load
+from coterie.hf import bytes_on_disk, find_moe_blocks, load, stream_layers
 from coterie.shrink import load_packed, perplexity, rounding, save_packed
 from coterie.shrink import quantize_checkpoint as quantizing
 from coterie.shrink.calibrate import batches, held_out, read_text
@@ -106,6 +106,20 @@ def test_eight_bits_for_all_change_little(checkpoint, texts, tmp_path, method):
             "no method 'magic'; use one of mc-sharp, moequant, gptq, awq, rtn",
         ),
         (["--bits", 1, "--method", "awq"], "awq gives all experts the same bits=1; use one of 2, 3, 4, 8"),
+        (
+            ["--bits", 1, "--method", "moequant"],
+            "moequant gives all experts the same bits=1; use one of 2, 3",
+        ),
+        (["--bits", 2, "--router-bits", 1], "router_bits=1; use one of 2, 3, 4, 8, 16, which leaves it as"),
+        (["--bits", 2, "--scope", "block"], "no scope 'block'; use layer or model"),
+        (
+            ["--bits", 1.1, "--scope", "model"],
+            "infeasible: the model has 16 experts with 1, 2, 3 bits; use 1.188",
+        ),
+        (
+            ["--bits", 2, "--method", "rtn", "--scope", "model"],
+            "rtn gives all experts the same bits; only mc-sharp has a scope",
+        ),
         (["--bits", 2, "--method", "rtn", "--affinity"], "rtn looks at no token, so none can be weighted"),
         (["--bits", 2, "--chat"], "the checkpoint has no chat template"),
         (["--bits", 2, "--group-size", 33], "group_size=33; use a multiple of 32"),
@@ -140,10 +154,11 @@ def test_bad_folders_are_refused(coterie, checkpoint, texts, tmp_path):
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
+@pytest.mark.parametrize("options", [["--scope", "model"], ["--router-bits", 8]])
 def test_an_interrupted_run_goes_on_after_the_last_block_it_did(
-    coterie, checkpoint, texts, tmp_path, monkeypatch, stream
+    coterie, checkpoint, texts, tmp_path, monkeypatch, stream, options
 ):
-    arguments = ["--bits", 2, "--calib", texts[0], "--group-size", 32, *stream]
+    arguments = ["--bits", 2, "--calib", texts[0], "--group-size", 32, *stream, *options]
     coterie("quantize", checkpoint, *arguments, "--out", tmp_path / "straight")
     rounded = []
 
@@ -159,9 +174,17 @@ def test_an_interrupted_run_goes_on_after_the_last_block_it_did(
     assert status == 130
     assert "the same command goes on with what is left" in err
     assert not out.exists()
-    monkeypatch.setattr(rounding, "expert_statistics", None)  # bits were chosen
+    monkeypatch.setattr(rounding, "expert_statistics", None)  # all was measured
+    passes = []
+
+    def counted(*args):
+        passes.append(args)
+        yield from stream_layers(*args)
+
+    monkeypatch.setattr(quantizing, "stream_layers", counted)
     status, printed, err = coterie("quantize", checkpoint, *arguments, "--out", out)
     assert status == 0, err
+    assert len(passes) == len(stream)  # the one that rounds
     assert ("tokens/s" in printed, "perplexity" in printed) == (not stream, not stream)
     assert rounded == ["model.layers.0.mlp", "model.layers.1.mlp", "model.layers.1.mlp"]
     same_tensors(out, tmp_path / "straight")
@@ -183,7 +206,13 @@ def test_what_was_kept_for_other_settings_is_not_used(coterie, checkpoint, texts
 
 
 @pytest.mark.parametrize(
-    "options", [["--bits", 2.25], ["--bits", 3, "--method", "moequant"], ["--bits", 4, "--method", "awq"]]
+    "options",
+    [
+        ["--bits", 2.25, "--router-bits", 4],
+        ["--bits", 1.75, "--scope", "model"],
+        ["--bits", 3, "--method", "moequant"],
+        ["--bits", 4, "--method", "awq", "--router-bits", 8],
+    ],
 )
 def test_layer_by_layer_it_writes_the_same(coterie, checkpoint, texts, tmp_path, monkeypatch, options):
     arguments = ["quantize", checkpoint, *options, "--calib", texts[0], "--group-size", 32, "--json"]
@@ -196,7 +225,7 @@ def test_layer_by_layer_it_writes_the_same(coterie, checkpoint, texts, tmp_path,
     done = json.loads(printed)
     assert (done["perplexity"], done["speed"]) == (None, None)
     assert done["disk"][1] == bytes_on_disk(tmp_path / "streamed")
-    for number in ("bits", "expert_bytes", "memory"):
+    for number in ("bits", "layer_bits", "expert_bytes", "memory", "overall_bits", "router_bits"):
         assert foretold[number] == done[number] == whole[number]
 
 
@@ -210,6 +239,53 @@ def test_other_families_layer_by_layer(make, tmp_path):
     for name, stream in (("whole", False), ("streamed", True)):
         quantize_checkpoint(tmp_path / "model", tmp_path / name, stream=stream, **options)
     same_tensors(tmp_path / "streamed", tmp_path / "whole")
+
+
+def test_one_budget_for_the_model_gives_layers_what_their_experts_need(coterie, checkpoint, texts, tmp_path):
+    louder = load(checkpoint)
+    with torch.no_grad():  # errors of the second layer's experts are ten times as large
+        louder.model.layers[1].mlp.experts.down_proj *= 10
+    louder.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
+    arguments = ["quantize", tmp_path / "model", "--calib", texts[0], "--bits", 1.75]
+    layer = json.loads(coterie(*arguments, "--dry-run", "--json")[1])
+    model = json.loads(coterie(*arguments, "--dry-run", "--json", "--scope", "model")[1])
+    assert (layer["scope"], model["scope"]) == ("layer", "model")
+    first, second = "model.layers.0.mlp", "model.layers.1.mlp"
+    assert layer["layer_bits"] == {first: 1.75, second: 1.75}
+    assert model["layer_bits"][first] < 1.75 < model["layer_bits"][second]
+    assert model["average_bits"] == 1.75
+    assert model["bits"][second] != layer["bits"][second]
+    status, printed, err = coterie(*arguments, "--scope", "model", "--out", tmp_path / "out", "--report")
+    assert status == 0, err
+    assert "1.75 bits per expert, by mc-sharp over the whole model" in printed
+    page = (tmp_path / "out" / "report.html").read_text()
+    for name, average in model["layer_bits"].items():
+        for text in (printed, page):
+            assert f"{average:.2f}" in text
+            assert "".join(map(str, model["bits"][name])) in text
+    banks = [block.mlp.experts.packed for block in load_packed(tmp_path / "out").model.layers]
+    assert [bank.bits for bank in banks] == list(model["bits"].values())
+
+
+def test_experts_of_unlike_sizes_share_no_budget():
+    blocks = find_moe_blocks(mixtral())
+    wide = find_moe_blocks(tiny())
+    options = {"method": "mc-sharp", "bits": 2, "group_size": 32}
+    rounding.BlockRounding(**options, scope="model").check(blocks)
+    rounding.BlockRounding(**options).check([*blocks, *wide])
+    with pytest.raises(ValueError, match=r"experts of model.layers.0.mlp are \[24, 32\], of .* \[16, 32\]"):
+        rounding.BlockRounding(**options, scope="model").check([*blocks, *wide])
+
+
+def test_experts_inside_the_decoder_layer_itself_are_refused_before_work():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    sizes |= {"global_head_dim": 16, "num_experts": 4, "top_k_experts": 2, "enable_moe_block": True}
+    config = Gemma4TextConfig(**sizes, vocab_size_per_layer_input=64, hidden_size_per_layer_input=0)
+    blocks = find_moe_blocks(Gemma4ForCausalLM(config))
+    with pytest.raises(ValueError, match=r"model\.layers\.0 holds its experts and attention alike"):
+        rounding.BlockRounding("gptq", 4, 32).check(blocks)
 
 
 def test_other_text_to_test_on_leaves_all_of_the_calibration_text_to_calibrate_on(
@@ -229,10 +305,10 @@ def test_other_text_to_test_on_leaves_all_of_the_calibration_text_to_calibrate_o
     assert done["perplexity"] == pytest.approx(expected)
 
 
-def test_affinity_with_gptq_is_moequant(checkpoint, texts, tmp_path):
+def test_affinity_with_gptq_is_moequant_but_for_its_routers(checkpoint, texts, tmp_path):
     options = {"bits": 3, "calib": texts[:1], "progress": False}
     quantize_checkpoint(checkpoint, tmp_path / "a", method="gptq", affinity=True, **options)
-    quantize_checkpoint(checkpoint, tmp_path / "b", method="moequant", **options)
+    quantize_checkpoint(checkpoint, tmp_path / "b", method="moequant", router_bits=16, **options)
     quantize_checkpoint(checkpoint, tmp_path / "c", method="gptq", **options)
     same_tensors(tmp_path / "a", tmp_path / "b")
     with pytest.raises(AssertionError):

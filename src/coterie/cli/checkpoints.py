@@ -236,6 +236,18 @@ def quantize(
             "--affinity", help="Count tokens by their expert's weight, as moequant does (gptq, awq)."
         ),
     ] = False,
+    scope: Annotated[
+        str,
+        typer.Option(help="Of mc-sharp: layer, each has --bits on average; model, some layers get more."),
+    ] = "layer",
+    router_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the routers, which keep their bytes: 2, 3, 4, 8; 16, unrounded. "
+            "If not given, those of the experts for moequant, and 16 for the others.",
+            show_default=False,
+        ),
+    ] = None,
     out: _Out = None,
     report: _Report = False,
     dry_run: Annotated[
@@ -265,6 +277,8 @@ def quantize(
             test=test or [],
             method=method,
             affinity=affinity,
+            scope=scope,
+            router_bits=router_bits,
             group_size=group_size,
             dry_run=dry_run,
             max_tokens=tokens,

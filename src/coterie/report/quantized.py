@@ -73,8 +73,13 @@ def _stored(quantized: "Quantized") -> list[str]:
     return [format_number(8 * size / quantized.expert_weights) for size in quantized.expert_bytes]
 
 
+def _overall(quantized: "Quantized") -> list[str]:
+    return [format_number(8 * size / quantized.weights) for size in quantized.memory]
+
+
 def _title(quantized: "Quantized") -> str:
-    return f"{format_number(quantized.average_bits())} bits per expert, by {quantized.method}"
+    over = " over the whole model" if quantized.scope == "model" else ""
+    return f"{format_number(quantized.average_bits())} bits per expert, by {quantized.method}{over}"
 
 
 def _rows(quantized: "Quantized") -> list[list[str]]:
@@ -83,7 +88,10 @@ def _rows(quantized: "Quantized") -> list[list[str]]:
         ["in memory", *map(format_bytes, quantized.memory)],
         ["routed experts", *map(format_bytes, quantized.expert_bytes)],
         ["bits per expert weight, with scales", *_stored(quantized)],
+        ["bits per weight of the whole model", *_overall(quantized)],
     ]
+    if quantized.router_bits < 16:
+        rows.append(["bits of the routers, in bytes as before", "unrounded", str(quantized.router_bits)])
     if quantized.perplexity is not None:
         rows.append(["perplexity on held-out text", *(format_number(p, 3) for p in quantized.perplexity)])
     if quantized.speed is not None:
@@ -93,6 +101,11 @@ def _rows(quantized: "Quantized") -> list[list[str]]:
 
 def _bits(quantized: "Quantized") -> list[list[str]]:
     return [
-        [layer, format_number(sum(bits) / len(bits)), _counts(bits), "".join(map(str, bits))]
-        for layer, bits in quantized.bits.items()
+        [
+            layer,
+            format_number(average),
+            _counts(quantized.bits[layer]),
+            "".join(map(str, quantized.bits[layer])),
+        ]
+        for layer, average in quantized.layer_bits().items()
     ]

@@ -8,7 +8,8 @@ trained for 1200 steps of 32 sequences on text of eight Markov chains over one a
 at best). Experts are chosen and rounded on 64 sequences of 33 tokens and tested on 256 others, in both of
 which the first domain is common and the eighth is rare: domain z with odds 1/(z+1). Rounding is to nearest in
 groups of 32 columns, so that arms differ in their bits alone; GPTQ, with 11 of the paper's 100 scales, is
-measured beside it. Attention stays in 32 bits; the paper rounds it to 4. *uniform* gives all 2 bits, or 1.
+measured beside it. Attention stays in 32 bits; the paper rounds it to 4. *whole-model* solves one program for
+both layers instead of one for each, which the paper does not measure. *uniform* gives all 2 bits, or 1.
 *random* is the mean of 40 draws with 4 experts in 1 bit, 8 in 2 and 4 in 3, or with 10, 4 and 2, and of the
 first five with GPTQ.
 
@@ -40,6 +41,7 @@ from coterie.shrink import (
     ExpertStatistics,
     PrefixMask,
     allocate_bits,
+    allocate_model_bits,
     attention_received,
     block_inputs,
     expert_statistics,
@@ -73,7 +75,7 @@ GROUP = 32
 SEARCH = {"factors": torch.linspace(0.9, 1.1, 11).tolist(), "norm": 2.4}
 SPARSITY = (0.05, 0.2)
 PRUNERS = ("learned", "random-first-stays", "random", "weight-ratio", "protected")
-ALLOCATIONS = ("mc-sharp", "random", "uniform", "error-only")
+ALLOCATIONS = ("mc-sharp", "whole-model", "random", "uniform", "error-only")
 
 # counts, sums of router weights and errors in 1, 2, 3 bits of Mixtral-8x7B's eight experts; bits by budget
 PUBLISHED = {
@@ -129,6 +131,7 @@ def bits(seed: int, budget: Budget, data: Any, *, method: str, average: float) -
         "loss": statistics.fmean(_loss(seed, budget, plan) for plan in plans),
         "loss, GPTQ": statistics.fmean(_loss(seed, budget, plan, "gptq") for plan in plans[:5]),
         "bits": statistics.fmean(b for plan in plans for widths in plan for b in widths),
+        "bits, first layer": statistics.fmean(b for plan in plans for b in plan[0]),
     }
 
 
@@ -239,6 +242,8 @@ def _plans(seed: int, budget: Budget, method: str, average: float) -> list[list[
         return [
             [rng.permutation(some).tolist() for _ in found] for _ in range(1 if budget == "smoke" else 40)
         ]
+    if method == "whole-model":
+        return [allocate_model_bits(found, average)]
     exponents = {"alpha": 0.0, "beta": 0.0} if method == "error-only" else {}
     return [[allocate_bits(one, average, **exponents) for one in found]]
 

@@ -4,15 +4,16 @@
 token is noise and, with a strength of its own, the direction of one expert's router row, so that those an
 expert is given with a large weight resemble each other. Experts are rounded to nearest, by GPTQ, and by GPTQ
 with tokens weighted, on 2000 tokens; the error is that of the block's output on 4000 others, a share of its
-energy. It is measured again in 2 bits, with router rows twice as long, and on 400 tokens, where weighting
-leaves too few.
+energy. It is measured again in 2 bits, with router rows twice as long, with the router rounded, too, before
+the experts, and on 400 tokens, where weighting leaves too few.
 
 *text*: a Qwen3-MoE of two layers, 64 wide, 16 SwiGLU experts of width 64, top-2, trained for 1200 steps of 32
 sequences on text of eight Markov chains over one alphabet (cross-entropy 1.534 at best). Its experts are
 rounded by GPTQ to 2 bits on 64 sequences of 33 tokens: of one domain (the part of WikiText in the paper), of
 all (what nobody has), or written by the model itself: by EBSS, by EBSS that draws its continuations, by EBSS
 that starts with tags, as text of these domains does, and by plain sampling. *none* rounds to nearest. The
-loss is that of 512 sequences, 64 of each domain. *ebss-affinity* weighs tokens, too. A negative
+loss is that of 512 sequences, 64 of each domain. *ebss-affinity* weighs tokens, too, and *ebss-router* rounds
+the routers to 2 bits before that. A negative
 log-likelihood far below 1.534 says that the text repeats itself; that of what begins without a tag, as most
 that the model writes does, is not comparable.
 
@@ -30,7 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from coterie.data.domain_markov import DOMAINS, domain_markov
-from coterie.hf import find_moe_blocks
+from coterie.hf import MoEBlock, find_moe_blocks
 from coterie.reproduce import Budget, Card, Claim, Values
 from coterie.reproduce.claims import Numbers
 from coterie.reproduce.domain_lm import CONFIG, domain_lm, domain_loss
@@ -41,6 +42,7 @@ from coterie.shrink import (
     expert_usage,
     pack_block,
     quantize_block,
+    quantize_router,
     self_sample,
 )
 
@@ -87,13 +89,17 @@ def affinity(seed: int, budget: Budget, data: Any, *, rounding: str) -> Values:
         "error, longer router rows": (3.0, 3, tokens),
         "error, 400 tokens": (1.5, 3, few),
     }
-    return {
+    errors = {
         name: _output_error(seed, length, bits, count, tested, options)
         for name, (length, bits, count) in settings.items()
     }
+    both = _output_error(seed, 1.5, 3, tokens, tested, options, router=True)
+    return errors | {"error, router rounded too": both}
 
 
-def text(seed: int, budget: Budget, data: Any, *, calibration: str, rounding: str = "gptq") -> Values:
+def text(
+    seed: int, budget: Budget, data: Any, *, calibration: str, rounding: str = "gptq", router: bool = False
+) -> Values:
     """Loss with experts in 2 bits, and what the calibration text is like."""
     model, tested = _model(seed, budget), _tested(seed, budget)
     ids_NS, nll = _written(seed, budget, calibration)
@@ -106,6 +112,8 @@ def text(seed: int, budget: Budget, data: Any, *, calibration: str, rounding: st
         inputs_TD = block_inputs(model, block, [ids_NS])
         widths = [2] * block.num_experts
         options = ROUNDED[rounding] | _search(budget)
+        if router:
+            _round_router(block, inputs_TD, 2, options)
         pack_block(model, block, *quantize_block(block, inputs_TD, widths, **options))
     return values | {"loss": domain_loss(model, tested)}
 
@@ -127,6 +135,7 @@ ARMS = {
     "text/none": partial(text, calibration="mixture", rounding="none"),
     **{f"text/{name}": partial(text, calibration=name) for name in WRITERS},
     "text/ebss-affinity": partial(text, calibration="ebss", rounding="weighted"),
+    "text/ebss-router": partial(text, calibration="ebss", rounding="weighted", router=True),
 }
 
 
@@ -188,7 +197,13 @@ CLAIMS = [
 
 @torch.no_grad()
 def _output_error(
-    seed: int, length: float, bits: int, tokens: int, tested: int, options: dict[str, Any]
+    seed: int,
+    length: float,
+    bits: int,
+    tokens: int,
+    tested: int,
+    options: dict[str, Any],
+    router: bool = False,
 ) -> float:
     """‖y - ŷ‖² / ‖y‖² of a random block whose router rows have this length on average."""
     config = Qwen3MoeConfig(
@@ -220,9 +235,17 @@ def _output_error(
 
     seen_TD, tested_TD = sample(tokens), sample(tested).unsqueeze(0)
     before = block.module(tested_TD)
+    if router:
+        _round_router(block, seen_TD, bits, options)
     pack_block(model, block, *quantize_block(block, seen_TD, [bits] * 8, **options))
     after = block.module(tested_TD)
     return float((after - before).square().sum() / before.square().sum())
+
+
+def _round_router(block: MoEBlock, inputs_TD: Tensor, bits: int, options: dict[str, Any]) -> None:
+    """In place, by the same rounding as experts; each token counts once."""
+    unweighted = {name: value for name, value in options.items() if name != "affinity"}
+    block.router.rows.copy_(quantize_router(block, inputs_TD, bits, **unweighted).dequantize())
 
 
 def _model(seed: int, budget: Budget) -> PreTrainedModel:

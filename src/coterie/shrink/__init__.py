@@ -7,7 +7,7 @@ from coterie.shrink.gptq import HessianMean, gptq
 from coterie.shrink.importance import IMPORTANCE, gating, importance, kept_experts, mixed, overlap
 from coterie.shrink.knapsack import cheapest_choices
 from coterie.shrink.mask import load_mask, save_mask
-from coterie.shrink.mc_sharp import ExpertStatistics, allocate_bits, expert_statistics
+from coterie.shrink.mc_sharp import ExpertStatistics, allocate_bits, allocate_model_bits, expert_statistics
 from coterie.shrink.measure import Sizes, interleaved_speed, perplexity, sizes
 from coterie.shrink.merge import m_smoe
 from coterie.shrink.packed_blocks import PackedExperts, pack_block
@@ -24,7 +24,7 @@ from coterie.shrink.prune import (
     restored,
 )
 from coterie.shrink.quantize import awq, rtn
-from coterie.shrink.quantize_block import quantize_block
+from coterie.shrink.quantize_block import quantize_block, quantize_router
 from coterie.shrink.routed import RoutedTokens, block_inputs, routed_tokens
 from coterie.shrink.self_text import SelfText, ebss, self_sample
 from coterie.shrink.top_any import (
@@ -55,6 +55,7 @@ __all__ = [
     "Silenced",
     "Sizes",
     "allocate_bits",
+    "allocate_model_bits",
     "attention_received",
     "awq",
     "balance_sigma",
@@ -83,6 +84,7 @@ __all__ = [
     "prune",
     "pruned",
     "quantize_block",
+    "quantize_router",
     "random_mask",
     "ratio_threshold",
     "restored",

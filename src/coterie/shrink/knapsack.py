@@ -4,6 +4,7 @@ Letters: N items (experts), J choices for each (bit widths).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -16,7 +17,10 @@ def cheapest_choices(
 
     A dynamic program over (items left, budget left, which of the wanted choices are still missing), so the
     answer is the optimum, not near it. Of equally good answers the one with smaller choices at the first
-    items is taken. Time and memory are N · budget · 2^(choices wanted) · J.
+    items is taken. The wanted choices are in the best answer anyway, more often than not; only otherwise are
+    the missing ones counted. Time is N · J · b and memory N · b bytes, b being the budget beyond what the
+    smallest choices take, and 2^(choices wanted) times that where they are counted: 6144 experts with 2 bits
+    on average take a second and 38 MB.
 
     Args:
         costs_NJ: [N, J] of each choice for each item; finite.
@@ -39,32 +43,46 @@ def cheapest_choices(
         raise ValueError(f"costs have shape {costs.shape}; {len(sizes)} sizes take [items, {len(sizes)}]")
     if not np.isfinite(costs).all():
         raise ValueError(f"{int((~np.isfinite(costs)).sum())} of {costs.size} costs are not finite")
-    items, budget = len(costs), min(budget, len(costs) * max(sizes))
-    wanted = {choice: 1 << place for place, choice in enumerate(at_least_one)}
-    states = 1 << len(wanted)  # bit set: that choice has been taken
-    # best[n, s, b]: least cost of items n, n + 1, … with b left to spend when s has been taken before them
-    best = np.full((items + 1, states, max(budget, 0) + 1), np.inf)
-    best[items, states - 1] = 0.0
-    for n in reversed(range(items)):
-        for state in range(states):
-            for choice, size in enumerate(sizes):
-                if size > budget:
-                    continue
-                rest = best[n + 1, state | wanted.get(choice, 0), : budget + 1 - size]
-                np.minimum(best[n, state, size:], costs[n, choice] + rest, out=best[n, state, size:])
-    if budget < 0 or not np.isfinite(best[0, 0, budget]):
+    least, items = min(sizes), len(costs)
+    extra = [size - least for size in sizes]
+    spare = min(budget - items * least, items * max(extra))
+    chosen = _cheapest(costs, extra, spare, ())
+    if chosen is not None and not set(at_least_one) <= set(chosen):
+        chosen = _cheapest(costs, extra, spare, at_least_one)
+    if chosen is None:
         raise ValueError(
             f"nothing fits: {items} items with sizes {list(sizes)} and a budget of {budget}"
             + (f", choices {list(at_least_one)} at least once each" if at_least_one else "")
         )
+    return chosen
+
+
+def _cheapest(
+    costs_NJ: Any, sizes: Sequence[int], budget: int, at_least_one: Sequence[int]
+) -> list[int] | None:
+    """See `cheapest_choices`; the smallest size is 0. None where nothing fits."""
+    if budget < 0:
+        return None
+    items, wanted = len(costs_NJ), {choice: 1 << place for place, choice in enumerate(at_least_one)}
+    states = np.arange(1 << len(wanted))  # bit set: that choice has been taken
+    # best[s, b]: least cost of items n, n + 1, … with b left to spend when s has been taken before them
+    best = np.full((len(states), budget + 1), np.inf)
+    best[-1] = 0.0
+    taken_NSB = np.zeros((items, *best.shape), np.min_scalar_type(len(sizes)))
+    for n in reversed(range(items)):
+        after, best = best, np.full_like(best, np.inf)
+        for choice, size in enumerate(sizes):
+            if size > budget:
+                continue
+            cost = costs_NJ[n, choice] + after[states | wanted.get(choice, 0), : budget + 1 - size]
+            better = cost < best[:, size:]
+            np.copyto(best[:, size:], cost, where=better)
+            np.copyto(taken_NSB[n, :, size:], choice, where=better)
+    if not np.isfinite(best[0, budget]):
+        return None
     chosen: list[int] = []
     state, left = 0, budget
-    for n in range(items):
-        for choice, size in enumerate(sizes):
-            after = state | wanted.get(choice, 0)
-            # the very sum that was the minimum above, so equality is exact
-            if size <= left and costs[n, choice] + best[n + 1, after, left - size] == best[n, state, left]:
-                chosen.append(choice)
-                state, left = after, left - size
-                break
+    for taken in taken_NSB:
+        chosen.append(int(taken[state, left]))
+        state, left = state | wanted.get(chosen[-1], 0), left - sizes[chosen[-1]]
     return chosen

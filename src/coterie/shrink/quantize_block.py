@@ -1,4 +1,4 @@
-"""The experts of one MoE block in few bits: round to nearest, or GPTQ or AWQ on each expert's own tokens."""
+"""Experts and router of one MoE block in few bits: to nearest, or by GPTQ or AWQ on what each reads."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from coterie.kernels import PackedWeight
 from coterie.shrink.gptq import HessianMean, gptq
 from coterie.shrink.packed_blocks import expert_hidden, expert_matrices
 from coterie.shrink.quantize import awq, rtn
-from coterie.shrink.routed import routed_tokens
+from coterie.shrink.routed import routed_tokens, router_inputs
 
 Rounding = Literal["gptq", "awq", "rtn"]
 
@@ -39,7 +39,7 @@ def quantize_block(
 
     With GPTQ and AWQ the first matrices see the tokens that the router sends to the expert, and the last one
     what the rounded first ones make of them. Which tokens those are, and with what weights, is asked of the
-    block as it is: whoever rounds its router, too, does that before.
+    block as it is: whoever rounds its router, too, does that before (`quantize_router`).
 
     Args:
         block: of experts that can be packed.
@@ -87,6 +87,53 @@ def quantize_block(
             hidden_nF = expert_hidden(block, e, x_nD, w_in[-1].dequantize())
             w_out.append(_calibrated(rounding, last, hidden_nF, counted_n, width, calibrating))
     return w_in, w_out
+
+
+@torch.no_grad()
+def quantize_router(
+    block: MoEBlock,
+    inputs_TD: Tensor,
+    bits: int,
+    rounding: Rounding = "gptq",
+    *,
+    group_size: int = 128,
+    damping: float = 0.01,
+    **search: Any,
+) -> PackedWeight:
+    """Rounds the rows of a block's router, on all tokens, each counted once; the block is left as it is.
+
+    To round a router saves next to nothing, so small it is; but then it computes what one in few bits does.
+    Put the rows in place before the experts are rounded, so that those see the tokens which the rounded
+    router sends them:
+
+    rows = quantize_router(block, inputs_TD, 8)
+    block.router.rows.copy_(rows.dequantize())
+    packed = quantize_block(block, inputs_TD, widths, affinity=True)
+
+    Args:
+        block: of any family whose router ends in a linear map; biases and selection biases are not rounded.
+        inputs_TD: as in `quantize_block`.
+        bits: 2, 3, 4 or 8.
+        rounding: as in `quantize_block`.
+        group_size: as in `rtn`.
+        damping: as in `gptq`.
+        search: as in `quantize_block`.
+
+    Returns the packed rows [E, D'] of the routed experts.
+
+    Raises ValueError for 1 bit, as signs alone choose no expert, and if what the router reads cannot be seen.
+
+    Source: MoEQuant (2025, arXiv 2505.03804), order of its code: attention, router, routing anew, experts.
+    """
+    if bits == 1:
+        raise ValueError(f"{block.name}: signs alone choose no expert; round a router to 2, 3, 4 or 8 bits")
+    options = {"group_size": group_size, **(search or (CLIPPING if rounding == "awq" else SEARCH))}
+    rows_ED = block.router.rows.float().cpu()
+    if rounding == "rtn":
+        return rtn(rows_ED, bits, **options)
+    calibrating = options | ({"damping": damping} if rounding == "gptq" else {})
+    with _named(f"{block.name}, router"):
+        return _calibrated(rounding, rows_ED, router_inputs(block, inputs_TD), None, bits, calibrating)
 
 
 def _calibrated(

@@ -3,7 +3,7 @@
 quantize_checkpoint(folder, out, method="mc-sharp", bits=2.0, calib=["text.txt"])
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from coterie.shrink.calibrate import (
 from coterie.shrink.measure import interleaved_speed, perplexity
 from coterie.shrink.packed_blocks import bank_name, place_bank, placed
 from coterie.shrink.packed_checkpoint import bank_layout, layouts_text, save_packed
-from coterie.shrink.rounding import MC_SHARP, BlockRounding
+from coterie.shrink.rounding import LAYER, MC_SHARP, BlockRounding
 from coterie.shrink.routed import block_inputs, caught_inputs
 
 
@@ -41,7 +41,10 @@ class Quantized:
         source: its folder.
         out: the new folder; None in a dry run, in which sizes after are computed, not measured.
         method: one of ROUNDINGS.
+        scope: what the average of mc-sharp's bits is over, "layer" or "model".
+        router_bits: of the routers' rows, whose bytes stay what they were; 16 where they are not rounded.
         bits: block name → bits of each expert.
+        weights: numbers in all parameters.
         expert_weights: numbers in the matrices of all routed experts.
         expert_bytes: bytes of routed experts (before, after), scales and padding included.
         memory: bytes of all parameters and buffers (before, after).
@@ -56,7 +59,10 @@ class Quantized:
     source: str
     out: str | None
     method: str
+    scope: str
+    router_bits: int
     bits: dict[str, list[int]]
+    weights: int
     expert_weights: int
     expert_bytes: tuple[int, int]
     memory: tuple[int, int]
@@ -71,13 +77,27 @@ class Quantized:
         every = [b for widths in self.bits.values() for b in widths]
         return sum(every) / len(every)
 
+    def layer_bits(self) -> dict[str, float]:
+        """Block name → bits per expert of that block, as they were budgeted."""
+        return {name: sum(widths) / len(widths) for name, widths in self.bits.items()}
+
     def stored_bits(self) -> float:
         """Bits per expert weight, as they are stored."""
         return 8 * self.expert_bytes[1] / self.expert_weights
 
+    def overall_bits(self) -> float:
+        """Bits per weight of the whole model, as they are stored."""
+        return 8 * self.memory[1] / self.weights
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and text, as JSON holds them."""
-        return {**asdict(self), "average_bits": self.average_bits(), "stored_bits": self.stored_bits()}
+        averages = {
+            "average_bits": self.average_bits(),
+            "layer_bits": self.layer_bits(),
+            "stored_bits": self.stored_bits(),
+            "overall_bits": self.overall_bits(),
+        }
+        return asdict(self) | averages
 
 
 def quantize_checkpoint(
@@ -89,6 +109,8 @@ def quantize_checkpoint(
     test: Sequence[Path | str] = (),
     method: str = MC_SHARP,
     affinity: bool = False,
+    scope: str = LAYER,
+    router_bits: int | None = None,
     group_size: int = 128,
     dry_run: bool = False,
     max_tokens: int = 65536,
@@ -97,10 +119,11 @@ def quantize_checkpoint(
     chat: bool = False,
     progress: bool | None = None,
 ) -> Quantized:
-    """Stores the routed experts in few bits; all else stays as it is.
+    """Stores the routed experts in few bits; all else stays as it is, but for the routers of moequant.
 
     mc-sharp takes statistics of all blocks first, from the model as it was, and chooses bits; then blocks
-    are rounded in order of depth, each on what the rounded ones before it give.
+    are rounded in order of depth, each on what the rounded ones before it give. Within a block the router, if
+    it is rounded, comes first: an expert is then rounded on the tokens, with the weights, that this gives.
 
     What is done of a block is kept in the folder `OUT.calibration` until the new checkpoint is written, so
     that an interrupted run goes on where it stopped when it is started again.
@@ -108,13 +131,18 @@ def quantize_checkpoint(
     Args:
         folder: a checkpoint of a mixture of experts, with its tokenizer.
         out: a new folder, for `load_packed`; None only in a dry run.
-        bits: per expert, on average over each block for mc-sharp, at most; for the others 1 (not awq), 2, 3,
-            4 or 8.
+        bits: per expert, on average over `scope` for mc-sharp, at most; for the others 1 (not awq and
+            moequant), 2, 3, 4 or 8.
         calib: text or .jsonl files; see `read_text`. The last tenth of each is held out, to test on.
         test: other files to test on instead: text like that of the calibration shows little of the damage.
         method: mc-sharp, which gives each expert 1, 2 or 3 bits and rounds with GPTQ; or moequant, gptq, awq
             or rtn, which give all the same.
         affinity: count each token by its combine weight, as moequant does, with gptq, awq or mc-sharp.
+        scope: of mc-sharp's budget: "layer" for one program per block, "model" for one over all experts of
+            all blocks, which may then have different averages.
+        router_bits: 2, 3, 4 or 8 to round the routers' rows, in groups and by the method that experts are;
+            16 to leave them. None is what `bits` says for moequant, and 16 for the others. The rows are
+            stored as they were, in the model's type: their bytes do not change.
         group_size: columns that share a scale, a multiple of 32; or -1.
         dry_run: choose the bits, and write nothing.
         max_tokens: to calibrate on, of each file at most.
@@ -131,7 +159,7 @@ def quantize_checkpoint(
         KeyboardInterrupt: Ctrl-C; nothing is written but what is kept to go on with.
     """
     folder, out = Path(folder), None if out is None else Path(out)
-    rounding = BlockRounding(method, bits, group_size, affinity)
+    rounding = BlockRounding(method, bits, group_size, affinity, scope, router_bits)
     model = _check(folder, out, rounding, dry_run)
     tokenizer = read_tokenizer(folder)
     if not calib:
@@ -167,10 +195,7 @@ class _Job:
         """With the whole model in memory."""
         model = load(self.folder, dtype="auto")
         blocks = find_moe_blocks(model)
-        plan = []
-        for number, block in enumerate(blocks):
-            plan.append(self.rounding.widths(number, block, partial(block_inputs, model, block, self.seen)))
-            self._show_choice(show, block, plan[-1])
+        plan = self._plan(show, blocks, ((b, partial(block_inputs, model, b, self.seen)) for b in blocks))
         result = self._foretell(model, blocks, plan)
         if self.out is None:
             return result
@@ -195,13 +220,9 @@ class _Job:
     def stream(self, show: Show) -> Quantized:
         """With one layer's weights in memory at a time, in one pass over the checkpoint, or two."""
         checkpoint = Checkpoint(self.folder)
-        blocks, plan = checkpoint.blocks, []
-        if self.rounding.chooses:
-            for number, (block, passes) in enumerate(stream_layers(checkpoint, self.seen)):
-                plan.append(self.rounding.widths(number, block, partial(caught_inputs, block, passes)))
-                self._show_choice(show, block, plan[-1])
-        else:
-            plan = [[int(self.rounding.bits)] * block.num_experts for block in blocks]
+        blocks = checkpoint.blocks
+        layers = stream_layers(checkpoint, self.seen)
+        plan = self._plan(show, blocks, ((b, partial(caught_inputs, b, passes)) for b, passes in layers))
         result = self._foretell(checkpoint.model, blocks, plan)
         if self.out is None:
             return result
@@ -216,10 +237,31 @@ class _Job:
             writer.add_file(PACKED, layouts_text(layouts))
         return self._written(result)
 
-    def _show_choice(self, show: Show, block: MoEBlock, widths: list[int]) -> None:
-        if self.rounding.chooses:
+    def _plan(
+        self, show: Show, blocks: list[MoEBlock], reading: Iterable[tuple[MoEBlock, Callable[[], Tensor]]]
+    ) -> list[list[int]]:
+        """Bits of each block's experts; statistics of all blocks come first, where bits are chosen.
+
+        Args:
+            show: the progress.
+            blocks: in order of depth.
+            reading: each of them, ready to be run, and what gives its inputs [T, D].
+        """
+        if not self.rounding.chooses:
+            return self.rounding.plan(blocks, [])
+        found = self.rounding.kept_statistics(len(blocks))
+        if len(found) < len(blocks):
+            found = []
+            for number, (block, inputs) in enumerate(reading):
+                found.append(self.rounding.statistics(number, block, inputs))
+                show.step(f"{block.name}: measured")
+        else:
+            show.done += len(blocks)
+        plan = self.rounding.plan(blocks, found)
+        for block, widths in zip(blocks, plan, strict=True):
             counts = ", ".join(f"{widths.count(b)} in {b}" for b in sorted(set(widths)))
-            show.step(f"{block.name}: experts by bits: {counts}")
+            show.say(f"{block.name}: experts by bits: {counts}")
+        return plan
 
     def _foretell(self, model: PreTrainedModel, blocks: list[MoEBlock], plan: list[list[int]]) -> Quantized:
         whole, disk = _nbytes(model), bytes_on_disk(self.folder)
@@ -229,7 +271,10 @@ class _Job:
             source=str(self.folder),
             out=None,
             method=self.rounding.method,
+            scope=self.rounding.scope,
+            router_bits=self.rounding.router_width,
             bits={block.name: widths for block, widths in zip(blocks, plan, strict=True)},
+            weights=sum({id(p): p.numel() for p in model.parameters()}.values()),
             expert_weights=sum(_weights(block) for block in blocks),
             expert_bytes=(was, will),
             memory=(whole, whole - was + will),

@@ -127,3 +127,37 @@ def routed_tokens(block: MoEBlock, inputs_TD: Tensor) -> RoutedTokens:
     return RoutedTokens(
         inputs_TD.float(), experts_TK.masked_fill(outside_TK, -1), weights_TK, block.num_experts
     )
+
+
+@torch.no_grad()
+def router_inputs(block: MoEBlock, inputs_TD: Tensor) -> Tensor:
+    """[T, D'] float32: what the last linear map of a block's router reads when the block reads these.
+
+    Most routers read the block's own input; some normalise or project it before.
+
+    Args:
+        block: its own code computes.
+        inputs_TD: what the block reads.
+
+    Raises ValueError, naming the block, if that map is not called as a module of its own, or reads something
+    else than its rows are wide.
+    """
+    name = block.layout.router["rows"].removeprefix(f"{block.name}.").rpartition(".")[0]
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args or tuple(kwargs.values()))[0].float().cpu())
+        raise _Enough
+
+    handle = block.module.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        block.module(inputs_TD.to(next(block.module.parameters()).device).unsqueeze(0))
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    width = block.router.rows.shape[1]
+    if not seen or seen[0].shape[-1] != width:
+        found = f"reads {list(seen[0].shape)}" if seen else "is not called by itself"
+        raise ValueError(f"{block.name}: its router's {name} {found}, where [tokens, {width}] is expected")
+    return seen[0].reshape(-1, width)
