@@ -34,6 +34,9 @@ def test_one_expert_forgets_the_text_and_the_rest_stays(coterie, checkpoint, tex
     page = (out / "report.html").read_text()
     assert "Accuracy by step" in page
     assert "parameters trained" in page
+    assert "tokens/s" in page
+    assert done["before"]["speed"] > 0
+    assert done["after"]["speed"] > 0
 
 
 def test_plain_transformers_loads_it_and_only_the_target_differs(coterie, checkpoint, texts, tmp_path):
