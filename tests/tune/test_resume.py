@@ -261,6 +261,12 @@ def test_what_cannot_be_kept_is_said_in_one_line(new, tmp_path):
         run(new(), keep=Kept(tmp_path / "taken", every=1))
 
 
+def test_what_cannot_be_read_is_said_in_one_line(new, keep):
+    (keep[0].folder / "training.safetensors").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"cannot read .*training\.safetensors"):
+        run(new(), keep=keep[0])
+
+
 def test_keeping_changes_nothing(new, keep):
     plain, kept = new(), new()
     assert run(plain).history[1:] == run(kept, keep=keep[0]).history[1:]

@@ -114,6 +114,7 @@ def test_the_table_says_what_was_won_and_lost(coterie, checkpoint, texts, tmp_pa
         (["--lr", 0], "lr=0.0; a learning rate is more than 0"),
         (["--tokens", 0], "max_tokens=0; use at least 1"),
         (["--tokens", 9], "holds 9 tokens; give at least 32"),
+        (["--seed", 2**70], "use 0 ≤ seed < 2**63"),
         (["--seq-len", 1], "seq_len=1; use at least 2"),
         (["--retain", "nowhere.txt"], "nowhere.txt"),
         (["--seq-len", 512, "--tokens", 40], "its end is held out: give more text, or shorter sequences"),

@@ -104,6 +104,8 @@ def unlearn_checkpoint(
     for name, (value, least) in wanted.items():
         if value < least:
             raise ValueError(f"{name}={value}; use at least {least}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed}; use 0 ≤ seed < 2**63")
     config = _check(folder, out, method, scope, experts, lr, stop_forget, dry_run)
     tokenizer = read_tokenizer(folder)
     seq_len = min(seq_len, getattr(config, "max_position_embeddings", seq_len))

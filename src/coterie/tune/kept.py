@@ -55,7 +55,7 @@ class Kept:
             name: of what was kept.
             run: by name, all that it depends on, as JSON holds it.
 
-        Raises ValueError, naming what differs, if it was kept for another `run`.
+        Raises ValueError, naming what differs, if it was kept for another `run`, or the file cannot be read.
         """
         file = self._file(name)
         if not file.exists():
@@ -64,8 +64,10 @@ class Kept:
             with safe_open(file, "pt") as stored:
                 facts = stored.metadata() or {}
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError):
+        except SafetensorError:
             facts, tensors = {}, {}
+        except OSError as error:
+            raise ValueError(f"cannot read {file}: {error}") from None
         if facts.get("digest") != digest(tensors, facts.get("run", "") + facts.get("record", "")):
             self.say(f"{file} is damaged: what it held is done anew")
             return None
