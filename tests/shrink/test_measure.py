@@ -1,11 +1,10 @@
 import math
-from contextlib import nullcontext
 
 import pytest
 import torch
 
 from coterie.hf import find_moe_blocks
-from coterie.shrink import interleaved_speed, perplexity, prune, sizes
+from coterie.shrink import perplexity, prune, sizes
 
 
 def test_sizes_after_pruning_are_those_that_were_foretold(model):
@@ -31,21 +30,3 @@ def test_perplexity_weighs_every_predicted_token_alike(model):
                 -float(chances[b, s, ids[b, s + 1]]) for b in range(len(ids)) for s in range(ids.shape[1] - 1)
             ]
     assert perplexity(model, texts) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
-
-
-def test_the_two_models_take_turns(model):
-    order = []
-
-    class Smaller(nullcontext):
-        def __enter__(self):
-            order.append("enter")
-
-        def __exit__(self, *error):
-            order.append("exit")
-
-    hook = model.register_forward_hook(lambda *_: order.append("run"))
-    before, after = interleaved_speed(model, Smaller, torch.zeros(1, 4, dtype=torch.int64), rounds=2)
-    hook.remove()
-    assert order == ["run", "enter", "run", "exit"] * 3
-    assert before > 0
-    assert after > 0

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from coterie.hf import find_moe_blocks
-from coterie.tune import Target, all_experts, all_routers, expert_slices, trainable
+from coterie.tune import Target, all_experts, all_routers, expert_slices, replaced, snapshot, trainable
 
 
 def gpt_oss():
@@ -91,13 +91,14 @@ def test_afterwards_the_model_asks_for_the_gradients_it_asked_for_before():
 def test_the_model_as_it_was_comes_and_goes():
     model, before = tiny_moe(), tiny_moe()
     ids = two_texts()[0][:2]
-    with trainable(model, all_experts(model, find_moe_blocks(model))) as weights, torch.no_grad():
-        original = weights.snapshot()
+    slices = all_experts(model, find_moe_blocks(model))
+    with trainable(model, slices) as weights, torch.no_grad():
+        original = snapshot(slices)
         for parameter in weights.parameters:
             parameter.add_(0.1)
         weights.write()
         changed = model(input_ids=ids).logits
-        with weights.replaced(original):
+        with replaced(slices, original):
             assert torch.equal(model(input_ids=ids).logits, before(input_ids=ids).logits)
         assert torch.equal(model(input_ids=ids).logits, changed)
         assert not torch.equal(changed, before(input_ids=ids).logits)

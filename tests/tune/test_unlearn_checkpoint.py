@@ -2,39 +2,18 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
-from tiny_moe import two_texts
+from tiny_moe import arguments, two_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from coterie import cli
 from coterie.hf import find_moe_blocks, load
 from coterie.tune import Batch, attribute_experts
 from coterie.tune import checkpoint as unlearning
 from coterie.tune.measure import predict
 
 pytestmark = pytest.mark.filterwarnings("ignore:expert . of model:UserWarning")  # near ties
-
-
-@pytest.fixture
-def coterie(monkeypatch, capsys):
-    """Runs a command line in this process: (status, out, err)."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["coterie", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code or 0, *capsys.readouterr()
-
-    return command
-
-
-def arguments(checkpoint, texts, out, *more):
-    sides = ["--forget", texts[0], "--retain", texts[1], "--seq-len", 16, "--batch-size", 4]
-    return ["unlearn", checkpoint, *sides, "--out", out, "--lr", 3e-3, *more]
 
 
 def test_one_expert_forgets_the_text_and_the_rest_stays(coterie, checkpoint, texts, tmp_path):
@@ -55,6 +34,9 @@ def test_one_expert_forgets_the_text_and_the_rest_stays(coterie, checkpoint, tex
     page = (out / "report.html").read_text()
     assert "Accuracy by step" in page
     assert "parameters trained" in page
+    assert "tokens/s" in page
+    assert done["before"]["speed"] > 0
+    assert done["after"]["speed"] > 0
 
 
 def test_plain_transformers_loads_it_and_only_the_target_differs(coterie, checkpoint, texts, tmp_path):
@@ -93,19 +75,28 @@ def test_a_dry_run_names_the_same_expert_and_writes_nothing(coterie, checkpoint,
     foretold = json.loads(coterie(*arguments(checkpoint, texts, tmp_path / "a", "--dry-run", "--json"))[1])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["forget.pt", "retain.pt"]
     done = json.loads(coterie(*arguments(checkpoint, texts, tmp_path / "a", "--steps", 1, "--json"))[1])
+    assert done["before"].pop("speed") > 0
+    assert foretold["before"].pop("speed") is None
     for what in ("targets", "margin", "before"):
         assert foretold[what] == done[what]
     assert (foretold["after"], foretold["out"]) == (None, None)
     _, printed, _ = coterie(*arguments(checkpoint, texts, tmp_path / "b", "--dry-run"))
     assert "Experts that know the text" in printed
     assert "nothing was trained" in printed
+    assert "tokens/s" not in printed
 
 
 def test_the_table_says_what_was_won_and_lost(coterie, checkpoint, texts, tmp_path):
     options = ["--steps", 2, "--stop-forget", 0, "--experts", 2, "--scope", "experts"]
     status, printed, _ = coterie(*arguments(checkpoint, texts, tmp_path / "out", *options))
     assert status == 0
-    rows = ("text to forget: perplexity", "text to keep: next-token accuracy", "on disk", "still chosen")
+    rows = (
+        "text to forget: perplexity",
+        "text to keep: next-token accuracy",
+        "on disk",
+        "tokens/s",
+        "chosen",
+    )
     for row in ("ga, trained: all experts", "ahead of the next by", *rows, "parameters trained"):
         assert row in printed
     assert "The accuracy to stop at, 0, was not reached." in printed
@@ -120,6 +111,11 @@ def test_the_table_says_what_was_won_and_lost(coterie, checkpoint, texts, tmp_pa
         (["--experts", 9], "experts=9 of the model's 8; use 1 ≤ experts ≤ 8"),
         (["--stop-forget", 1.5], "stop_forget=1.5; it is an accuracy"),
         (["--steps", 0], "steps=0"),
+        (["--lr", 0], "lr=0.0; a learning rate is more than 0"),
+        (["--tokens", 0], "max_tokens=0; use at least 1"),
+        (["--tokens", 9], "holds 9 tokens; give at least 32"),
+        (["--seed", 2**70], "use 0 ≤ seed < 2**63"),
+        (["--seq-len", 1], "seq_len=1; use at least 2"),
         (["--retain", "nowhere.txt"], "nowhere.txt"),
         (["--seq-len", 512, "--tokens", 40], "its end is held out: give more text, or shorter sequences"),
     ],
@@ -161,14 +157,3 @@ def test_bad_folders_and_texts_are_refused(coterie, checkpoint, texts, tmp_path)
     status, _, err = coterie("unlearn", checkpoint, "--forget", texts[0], "--retain", texts[1])
     assert status == 2
     assert "no output folder was given" in err
-
-
-def test_an_interrupted_run_writes_nothing(coterie, checkpoint, texts, tmp_path, monkeypatch):
-    def interrupt(*args, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(unlearning, "save", interrupt)
-    status, _, err = coterie(*arguments(checkpoint, texts, tmp_path / "out", "--steps", 1))
-    assert status == 130
-    assert "interrupted; nothing was written" in err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["forget.pt", "retain.pt"]

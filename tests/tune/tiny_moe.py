@@ -49,3 +49,9 @@ def memorised(steps=80):
         optimizer.step()
     assert loss < 0.2
     return model
+
+
+def arguments(checkpoint, texts, out, *more):
+    """Of `coterie unlearn`, for `two_texts` in files."""
+    sides = ["--forget", texts[0], "--retain", texts[1], "--seq-len", 16, "--batch-size", 4]
+    return ["unlearn", checkpoint, *sides, "--out", out, "--lr", 3e-3, *more]

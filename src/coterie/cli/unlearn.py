@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from coterie.cli.app import LOST, app, echo_json, interruptible
+from coterie.cli.app import RESUMES, app, echo_json, interruptible
 
 
 @app.command()
@@ -50,12 +50,13 @@ def unlearn(
 ) -> None:
     """Take a text out of the one expert that knows it, and keep the rest; compare before and after.
 
-    What is written loads with plain transformers. Interrupted, nothing is written.
+    What is written loads with plain transformers. Run it again after an interruption and it goes on after
+    the last step that was done.
     """
     from coterie.report.unlearned import print_unlearned, write_unlearned_page
     from coterie.tune.checkpoint import unlearn_checkpoint
 
-    with interruptible(LOST):
+    with interruptible(RESUMES):
         done = unlearn_checkpoint(
             model,
             out,

@@ -10,6 +10,7 @@ from coterie.hf.record import BlockRecord, recording
 from coterie.hf.rewrite import Writer, rewriting, save_pruned
 from coterie.hf.routings import route
 from coterie.hf.save import bytes_on_disk, check_expressible, save
+from coterie.hf.speed import interleaved_speed
 from coterie.hf.stream import stream_layers, stream_records
 from coterie.hf.tensors import ExpertTensors, RouterTensors, pack, unpack
 
@@ -30,6 +31,7 @@ __all__ = [
     "experts_forward",
     "find_moe_blocks",
     "holds_ids",
+    "interleaved_speed",
     "load",
     "load_tokenizer",
     "outline",

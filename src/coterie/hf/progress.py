@@ -33,6 +33,13 @@ class Show:
             print(f"[{self.done}/{self.total}] {text}", file=sys.stderr)
         self.said = said
 
+    def note(self, text: str) -> None:
+        """Says what should stay on the terminal, above the bar if there is one."""
+        if self.bar is not None:
+            self.bar.console.print(text, markup=False, highlight=False)
+        else:
+            self.say(text)
+
 
 @contextmanager
 def showing(total: int, show: bool | None = None) -> Iterator[Show]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from coterie.report.paper import Drawing, PaperPage, Table, write_paper_page
 from coterie.report.plots import Line, line_plot
-from coterie.report.tables import MISSING, format_bytes, format_count, format_number, print_table
+from coterie.report.tables import MISSING, format_bytes, format_count, format_number, format_rate, print_table
 
 if TYPE_CHECKING:
     from coterie.tune.result import Known, Unlearned
@@ -46,7 +46,8 @@ def write_unlearned_page(path: str | os.PathLike[str], done: "Unlearned") -> Pat
             Table("Experts that know the text", *_targets(done)),
         ],
         measured_note=f"On {done.heldout_tokens[0]} held-out tokens of the text to forget and "
-        f"{done.heldout_tokens[1]} of the text to keep.",
+        f"{done.heldout_tokens[1]} of the text to keep; speed is of forward passes on this machine, the two "
+        "models by turns.",
         drawings=[
             Drawing(
                 "Accuracy by step",
@@ -91,6 +92,8 @@ def _rows(done: "Unlearned") -> list[list[str]]:
         ("text to keep: perplexity", lambda known: f"{known.retain.perplexity:.5g}"),
         ("on disk", lambda known: format_bytes(known.disk)),
     ]
+    if done.out is not None:
+        rows.append(("tokens/s", lambda known: format_rate(known.speed)))
     cells = [
         [name, show(done.before), MISSING if done.after is None else show(done.after)] for name, show in rows
     ]

@@ -28,11 +28,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from coterie.data.domain_markov import DOMAINS, domain_markov
-from coterie.hf import BlockRecord, MoEBlock, find_moe_blocks, recording
+from coterie.hf import BlockRecord, MoEBlock, find_moe_blocks, interleaved_speed, recording
 from coterie.reproduce import Budget, Card, Claim, Plot, Values
 from coterie.reproduce.claims import Numbers
 from coterie.reproduce.domain_lm import domain_lm, domain_loss
-from coterie.shrink import choose, interleaved_speed, m_smoe, no_reroute, overlap, pruned
+from coterie.shrink import choose, m_smoe, no_reroute, overlap, pruned
 
 CARD = Card(
     slug="easy-ep",

@@ -8,7 +8,7 @@ from coterie.shrink.importance import IMPORTANCE, gating, importance, kept_exper
 from coterie.shrink.knapsack import cheapest_choices
 from coterie.shrink.mask import load_mask, save_mask
 from coterie.shrink.mc_sharp import ExpertStatistics, allocate_bits, allocate_model_bits, expert_statistics
-from coterie.shrink.measure import Sizes, interleaved_speed, perplexity, sizes
+from coterie.shrink.measure import Sizes, perplexity, sizes
 from coterie.shrink.merge import m_smoe
 from coterie.shrink.packed_blocks import PackedExperts, pack_block
 from coterie.shrink.packed_checkpoint import load_packed, save_packed
@@ -69,7 +69,6 @@ __all__ = [
     "gating",
     "gptq",
     "importance",
-    "interleaved_speed",
     "kept_experts",
     "least_output_error",
     "load_mask",

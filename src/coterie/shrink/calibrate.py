@@ -1,8 +1,6 @@
 """Text to calibrate on, and what a model's MoE blocks do with it."""
 
-import hashlib
 import itertools
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -142,31 +140,6 @@ def batches(sequences: Sequence[Sequence[int]], batch_size: int = 4) -> list[Ten
         for same in (list(group) for _, group in by_length)
         for at in range(0, len(same), batch_size)
     ]
-
-
-def identity(model_folder: Path, domains: Sequence[Sequence[Tensor]], settings: object) -> str:
-    """A name for a calibration: the same weights, tokens and settings have the same, others another."""
-    digest = hashlib.sha256(str(settings).encode())
-    for file in sorted(model_folder.glob("*.safetensors")):
-        status = file.stat()
-        digest.update(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
-    for domain in domains:
-        for ids_BS in domain:
-            digest.update(str(tuple(ids_BS.shape)).encode() + ids_BS.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def kept_folder(out: Path, name: str) -> Path:
-    """Where what was done for a new checkpoint is kept until that is written; `name` is an `identity`."""
-    return out.with_name(f"{out.name}.calibration") / name
-
-
-def forget(folder: Path) -> None:
-    """Removes a `kept_folder`, and what holds it when nothing else is in there."""
-    if folder.exists():
-        shutil.rmtree(folder)
-        if not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
 
 
 def _tokens(path: Path, tokenizer: Any, text: str) -> list[int]:

@@ -13,23 +13,22 @@ from coterie.data import written_whole
 from coterie.hf import BlockRecord, MoEBlock, check_expressible, find_moe_blocks, load, outline, save
 from coterie.hf.blocks import Snapshot
 from coterie.hf.calibration import read_tokenizer
+from coterie.hf.kept import identity, kept_folder, remove_kept
 from coterie.hf.progress import Show, showing
 from coterie.hf.save import MASK, Format, bytes_on_disk, check_output, copy_side_files
+from coterie.hf.speed import interleaved_speed
 from coterie.shrink.calibrate import (
     batches,
     calibrated,
     check_vocabulary,
-    forget,
     held_out,
-    identity,
     joined,
-    kept_folder,
     read_text,
 )
 from coterie.shrink.dern import dern
 from coterie.shrink.importance import Importance, gating, mixed
 from coterie.shrink.mask import save_mask
-from coterie.shrink.measure import interleaved_speed, perplexity, sizes
+from coterie.shrink.measure import perplexity, sizes
 from coterie.shrink.merge import m_smoe
 from coterie.shrink.prune import METHODS, OUTPUT_ERROR, check_keep, choose, restored
 from coterie.shrink.result import Measured, Shrunk
@@ -245,7 +244,7 @@ class _Job:
             show.say(f"writing {out}")
             self._write(shrunk, model, blocks, whole, out)
             if folder is not None:
-                forget(folder)
+                remove_kept(folder)
         return shrunk
 
     def _run_streamed(

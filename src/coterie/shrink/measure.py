@@ -1,10 +1,7 @@
-"""What a smaller model is measured by: bytes, parameters, perplexity, speed."""
+"""What a smaller model is measured by: bytes, parameters, perplexity."""
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,37 +61,3 @@ def perplexity(model: PreTrainedModel, batches_BS: Sequence[Tensor]) -> float:
         total += F.cross_entropy(logits_BSV.flatten(0, 1), ids_BS[:, 1:].flatten(), reduction="sum").item()
         tokens += ids_BS[:, 1:].numel()
     return math.exp(total / tokens)
-
-
-@torch.no_grad()
-def interleaved_speed(
-    model: PreTrainedModel,
-    smaller: Callable[[], AbstractContextManager[None]],
-    ids_BS: Tensor,
-    *,
-    rounds: int = 5,
-) -> tuple[float, float]:
-    """Tokens per second of forward passes, of the model and of the model inside `smaller()`.
-
-    They take turns, so that a machine that is busy for a while slows both; each is the median of the rounds.
-
-    Args:
-        model: in evaluation mode.
-        smaller: enters the smaller model, such as `partial(pruned, blocks, kept)`.
-        ids_BS: one batch.
-        rounds: of each; one more before them is not counted.
-    """
-    ids_BS = ids_BS.to(model.device)
-    seconds: list[tuple[float, float]] = []
-    for _ in range(rounds + 1):
-        whole = _seconds(model, ids_BS)
-        with smaller():
-            seconds.append((whole, _seconds(model, ids_BS)))
-    before, after = (ids_BS.numel() / statistics.median(each) for each in zip(*seconds[1:], strict=True))
-    return before, after
-
-
-def _seconds(model: PreTrainedModel, ids_BS: Tensor) -> float:
-    began = time.perf_counter()
-    model(ids_BS).logits.sum().item()  # which waits for a device to finish
-    return time.perf_counter() - began

@@ -15,18 +15,17 @@ from transformers import PreTrainedModel
 from coterie.data import written_whole
 from coterie.hf import Checkpoint, MoEBlock, find_moe_blocks, load, outline, rewriting, stream_layers
 from coterie.hf.calibration import read_tokenizer
+from coterie.hf.kept import identity, kept_folder, remove_kept
 from coterie.hf.progress import Show, showing
 from coterie.hf.save import PACKED, bytes_on_disk, check_output
+from coterie.hf.speed import interleaved_speed
 from coterie.shrink.calibrate import (
     batches,
     check_vocabulary,
-    forget,
     held_out,
-    identity,
-    kept_folder,
     read_text,
 )
-from coterie.shrink.measure import interleaved_speed, perplexity
+from coterie.shrink.measure import perplexity
 from coterie.shrink.packed_blocks import bank_name, place_bank, placed
 from coterie.shrink.packed_checkpoint import bank_layout, layouts_text, save_packed
 from coterie.shrink.rounding import LAYER, MC_SHARP, BlockRounding
@@ -176,7 +175,7 @@ def quantize_checkpoint(
     with showing(len(find_moe_blocks(model)) * (rounding.chooses + (not dry_run)), progress) as show:
         quantized = job.stream(show) if stream else job.run(show)
     if rounding.folder is not None:
-        forget(rounding.folder)
+        remove_kept(rounding.folder)
     return quantized
 
 

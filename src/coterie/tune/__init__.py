@@ -2,9 +2,22 @@
 
 from coterie.tune.attribute import Affinity, Target, attribute_experts
 from coterie.tune.batch import Batch
+from coterie.tune.history import Step, Unlearning
+from coterie.tune.kept import Kept
 from coterie.tune.losses import METHODS, Given, Objective, objective
-from coterie.tune.trainable import Slice, Weights, all_experts, all_routers, expert_slices, trainable
-from coterie.tune.unlearn import SCOPES, Step, Unlearning, unlearn
+from coterie.tune.trainable import (
+    SCOPES,
+    Slice,
+    Weights,
+    all_experts,
+    all_routers,
+    expert_slices,
+    replaced,
+    scope_slices,
+    snapshot,
+    trainable,
+)
+from coterie.tune.unlearn import unlearn
 
 __all__ = [
     "METHODS",
@@ -12,6 +25,7 @@ __all__ = [
     "Affinity",
     "Batch",
     "Given",
+    "Kept",
     "Objective",
     "Slice",
     "Step",
@@ -23,6 +37,9 @@ __all__ = [
     "attribute_experts",
     "expert_slices",
     "objective",
+    "replaced",
+    "scope_slices",
+    "snapshot",
     "trainable",
     "unlearn",
 ]

@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 
 from coterie.hf import MoEBlock, find_moe_blocks, route
 from coterie.tune.batch import Batch
+from coterie.tune.kept import Kept, digest, digest_text
+
+_NAME = "affinity"
 
 NEAR = 0.1  # ranks closer than this share of the first may change places on other text
 
@@ -86,6 +89,7 @@ def attribute_experts(
     batches: Sequence[Batch],
     blocks: Sequence[MoEBlock] | None = None,
     *,
+    keep: Kept | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Affinity:
     """Runs a model on a topic's text and measures the affinity of every routed expert.
@@ -98,9 +102,11 @@ def attribute_experts(
         model: in evaluation mode, with its original weights.
         batches: the topic's text; some 100 000 tokens are enough for a large model.
         blocks: of the model; None finds them.
+        keep: keeps what each batch gave, so that an interrupted run goes on after it; None keeps nothing.
         on_batch: called after each batch.
 
-    Raises ValueError if there is no text or no MoE block, or a sequence is all padding.
+    Raises ValueError if there is no text or no MoE block, a sequence is all padding, or something was kept of
+    another text or model.
 
     Source: UOE (2024, arXiv 2411.18797), expert attribution. The weights are those applied: renormalised
     where the model does so.
@@ -117,8 +123,16 @@ def attribute_experts(
     if not batches:
         raise ValueError("no text was given; the experts of a topic are found by running the model on some")
     sums: list[Tensor] = [torch.zeros(block.num_experts, dtype=torch.float64) for block in blocks]
-    sequences = 0
-    for batch in batches:
+    done = sequences = 0
+    run = {} if keep is None else {"the text": digest_text(batches), "the routers": _routers(blocks)}
+    found = None if keep is None else keep.read(_NAME, run)
+    if found is not None:
+        tensors, (done, sequences) = found
+        sums = [tensors[str(i)] for i in range(len(blocks))]
+    for number, batch in enumerate(batches, 1):
+        if number <= done:
+            on_batch()
+            continue
         batch = batch.to(model.device)
         present_BS = batch.present_BS if batch.present_BS is not None else torch.ones_like(batch.ids_BS)
         lengths_B = present_BS.sum(1)
@@ -129,5 +143,12 @@ def attribute_experts(
             gates_BE = routing.weights_TE.double().view(*batch.ids_BS.shape, -1).sum(1)
             sum_E += (gates_BE / lengths_B.unsqueeze(1)).sum(0).cpu()
         sequences += len(lengths_B)
+        if keep is not None:
+            keep.write(_NAME, run, {str(i): sum_E for i, sum_E in enumerate(sums)}, [number, sequences])
         on_batch()
     return Affinity(pad_sequence(sums, batch_first=True) / sequences, [block.name for block in blocks])
+
+
+def _routers(blocks: Sequence[MoEBlock]) -> str:
+    rows = [(b.name, vars(b.router)) for b in blocks]
+    return digest({f"{name} {role}": t for name, roles in rows for role, t in roles.items() if t is not None})

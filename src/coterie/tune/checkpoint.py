@@ -6,39 +6,44 @@ unlearn_checkpoint(folder, out, forget="topic.txt", retain="rest.txt", method="n
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from coterie.data import written_whole
 from coterie.hf import (
-    MoEBlock,
     calibration_ids,
     check_expressible,
     find_moe_blocks,
+    interleaved_speed,
     load,
     outline,
-    route,
     save,
 )
 from coterie.hf.calibration import read_tokenizer
+from coterie.hf.kept import identity, kept_folder, remove_kept
 from coterie.hf.progress import Show, showing
 from coterie.hf.save import bytes_on_disk, check_output
-from coterie.nn import Routing, expert_overlap
 from coterie.tune.attribute import attribute_experts
 from coterie.tune.batch import Batch
+from coterie.tune.history import FORGET, Step
+from coterie.tune.kept import Kept
 from coterie.tune.losses import METHODS
-from coterie.tune.measure import predict
+from coterie.tune.measure import choices, overlap, predict
 from coterie.tune.result import Known, TargetExpert, Unlearned
-from coterie.tune.unlearn import FORGET, SCOPES, Step, unlearn
+from coterie.tune.trainable import SCOPES, Slice, replaced, scope_slices, snapshot
+from coterie.tune.unlearn import check_lr, default_lr, unlearn
 
 NOTE = "unlearned.json"
 """What `unlearn_checkpoint` writes beside the weights: what was done to them, as JSON."""
 
 _EVALUATE_EVERY = 5  # steps between looks at the held-out text
+_KEEP_EVERY = 5  # steps that are done again at most after a crash
 
 
 def unlearn_checkpoint(
@@ -65,6 +70,10 @@ def unlearn_checkpoint(
     The last tenth of each text is held out: it is what perplexity, accuracy and overlap are measured on, and
     what `stop_forget` is about.
 
+    What is trained is kept in the folder `OUT.calibration`, with its moments and what was found before, until
+    the new checkpoint is written, so that an interrupted run goes on where it stopped when it is started
+    again. `steps` and `stop_forget` may then be others.
+
     Args:
         folder: a checkpoint of a mixture of experts, with its tokenizer.
         out: a new folder; None only in a dry run.
@@ -86,11 +95,18 @@ def unlearn_checkpoint(
     Raises:
         ValueError: before the model runs: no mixture of experts, text that is missing, too short or of
             another tokenizer, twice the same text, an output folder that is taken, an argument that is
-            unknown or out of range; while it trains: a loss that is not finite.
-        KeyboardInterrupt: Ctrl-C; nothing is written.
+            unknown or out of range; while it trains: a loss that is not finite; what cannot be written.
+        KeyboardInterrupt: Ctrl-C; nothing is written but what is kept to go on with.
     """
     folder, out = Path(folder), None if out is None else Path(out)
-    config = _check(folder, out, method, scope, experts, steps, stop_forget, batch_size, dry_run)
+    wanted = {"steps": (steps, 1), "batch_size": (batch_size, 1)}
+    wanted |= {"seq_len": (seq_len, 2), "max_tokens": (max_tokens, 1)}
+    for name, (value, least) in wanted.items():
+        if value < least:
+            raise ValueError(f"{name}={value}; use at least {least}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed}; use 0 ≤ seed < 2**63")
+    config = _check(folder, out, method, scope, experts, lr, stop_forget, dry_run)
     tokenizer = read_tokenizer(folder)
     seq_len = min(seq_len, getattr(config, "max_position_embeddings", seq_len))
     read = {"tokens": max_tokens, "length": seq_len, "vocab_size": config.vocab_size}
@@ -102,9 +118,22 @@ def unlearn_checkpoint(
     model = load(folder, dtype="auto")
     blocks = find_moe_blocks(model)
     disk = bytes_on_disk(folder)
+    lr = default_lr(scope) if lr is None else lr
+    kept_at = None
+    if out is not None and not dry_run:
+        settings = (method, scope, experts, lr, seed, config.to_json_string())
+        texts = [[batch.ids_BS for batch in batches] for batches in (seen, tested, kept, tested_kept)]
+        kept_at = kept_folder(out, identity(folder, texts, settings))
     with showing(len(seen) + (0 if dry_run else steps), progress) as show:
+        if kept_at is not None and kept_at.parent.exists() and not kept_at.exists():
+            show.note(f"{kept_at.parent} is of another text, model or option: starting anew")
+        keep = None if kept_at is None else Kept(kept_at, every=_KEEP_EVERY, say=show.note)
         affinity = attribute_experts(
-            model, seen, blocks, on_batch=lambda: show.step("looking for the experts that know it")
+            model,
+            seen,
+            blocks,
+            keep=keep,
+            on_batch=lambda: show.step("looking for the experts that know it"),
         )
         targets = affinity.top(experts)
         show.say("measuring the checkpoint on held-out text")
@@ -123,7 +152,9 @@ def unlearn_checkpoint(
         )
         if dry_run or out is None:
             return done
-        before = _choices(model, blocks, tested)
+        before = choices(model, blocks, tested)
+        slices = scope_slices(model, blocks, targets, scope)
+        original = snapshot(slices)
 
         def evaluate(model: PreTrainedModel) -> Mapping[str, float]:
             return {FORGET: predict(model, tested).accuracy, "retain": predict(model, tested_kept).accuracy}
@@ -141,16 +172,20 @@ def unlearn_checkpoint(
             evaluate_every=_EVALUATE_EVERY,
             stop_at=stop_forget,
             seed=seed,
-            on_step=lambda step: _tell(show, step),
+            keep=keep,
+            on_step=lambda step: _tell(show, len(seen), step),
         )
         show.say("measuring the new one")
         done.trained, done.trained_share = trained.trained, trained.trained_share
         done.reached = trained.reached if stop_forget is not None else None
         done.history = trained.history
-        done.overlap = _overlap(before, _choices(model, blocks, tested))
+        done.overlap = overlap(before, choices(model, blocks, tested))
         done.after = Known(predict(model, tested), predict(model, tested_kept), disk)
+        _measure_speed(done, model, slices, original, [*tested, *tested_kept])
         show.say(f"writing {out}")
-        _write(done, model, tokenizer, out)
+        done = _write(done, model, tokenizer, out)
+        if kept_at is not None:
+            remove_kept(kept_at)
     return done
 
 
@@ -160,17 +195,15 @@ def _check(
     method: str,
     scope: str,
     experts: int,
-    steps: int,
+    lr: float | None,
     stop_forget: float | None,
-    batch_size: int,
     dry_run: bool,
 ) -> Any:
     """The configuration of a checkpoint that can be unlearned from as asked for; no weight is read."""
     for name, value, known in (("method", method, METHODS), ("scope", scope, SCOPES)):
         if value not in known:
             raise ValueError(f"no {name} {value!r}; use one of {', '.join(known)}")
-    if steps < 1 or batch_size < 1:
-        raise ValueError(f"steps={steps} and batch_size={batch_size}; both should be at least 1")
+    check_lr(lr)
     if stop_forget is not None and not 0 <= stop_forget < 1:
         raise ValueError(f"stop_forget={stop_forget}; it is an accuracy, use 0 ≤ stop_forget < 1")
     if out is None and not dry_run:
@@ -205,36 +238,34 @@ def _count(batches: Sequence[Batch]) -> int:
     return sum(batch.ids_BS.numel() for batch in batches)
 
 
-@torch.no_grad()
-def _choices(
-    model: PreTrainedModel, blocks: Sequence[MoEBlock], batches: Sequence[Batch]
-) -> list[list[Routing]]:
-    """The routings of each batch, without scores and logits: they would be most of the memory."""
-    found = []
-    for batch in batches:
-        _, routings = route(model, blocks, **batch.to(model.device).inputs())
-        none = torch.empty(0)
-        found.append([replace(routing.to("cpu"), scores=none, logits=none) for routing in routings])
-    return found
+def _measure_speed(
+    done: Unlearned, model: PreTrainedModel, slices: list[Slice], original: list[Tensor], batches: list[Batch]
+) -> None:
+    assert done.after is not None
+    longest = max((batch.ids_BS for batch in batches), key=Tensor.numel)
+    # the new model is there; the old one is the same with the slices as they were
+    after, before = interleaved_speed(model, partial(replaced, slices, original), longest)
+    done.before, done.after = replace(done.before, speed=before), replace(done.after, speed=after)
 
 
-def _overlap(before: list[list[Routing]], after: list[list[Routing]]) -> float:
-    tokens = [routings[0].experts.shape[0] for routings in before]
-    shares = [expert_overlap(old, new) for old, new in zip(before, after, strict=True)]
-    return sum(n * share for n, share in zip(tokens, shares, strict=True)) / sum(tokens)
-
-
-def _tell(show: Show, step: Step) -> None:
+def _tell(show: Show, before: int, step: Step) -> None:
+    show.done = before + step.step - 1  # a run that goes on does not begin with the first
     known = "".join(f", {name} accuracy {value:.3f}" for name, value in step.measured.items())
     show.step(f"step {step.step}: loss {step.forget:.3f} to forget, {step.retain:.3f} to keep{known}")
 
 
-def _write(done: Unlearned, model: PreTrainedModel, tokenizer: Any, out: Path) -> None:
-    with written_whole(out) as draft:
-        save(model, draft)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(draft)
-        assert done.after is not None
-        done.after = replace(done.after, disk=bytes_on_disk(draft))
-        done.out = str(out)
-        (draft / NOTE).write_text(json.dumps(done.to_dict(), ensure_ascii=False, indent=1) + "\n", "utf-8")
+def _write(done: Unlearned, model: PreTrainedModel, tokenizer: Any, out: Path) -> Unlearned:
+    assert done.after is not None
+    try:
+        with written_whole(out) as draft:
+            save(model, draft)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(draft)
+            written = replace(done, out=str(out), after=replace(done.after, disk=bytes_on_disk(draft)))
+            note = json.dumps(written.to_dict(), ensure_ascii=False, indent=1)
+            (draft / NOTE).write_text(note + "\n", "utf-8")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"cannot write {out}: {error}; nothing was left behind, and the same command goes on from here"
+        ) from None
+    return written

@@ -1,13 +1,15 @@
-"""What a model knows of a text, by predicting it."""
+"""What a model knows of a text, by predicting it, and which experts it sends it to."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from coterie.hf import MoEBlock, route
+from coterie.nn import Routing, expert_overlap
 from coterie.tune.batch import Batch
 
 
@@ -48,3 +50,31 @@ def predict(model: PreTrainedModel, batches: Sequence[Batch]) -> Prediction:
         right += int((logits_NV.argmax(1) == targets_N).sum())
         tokens += len(targets_N)
     return Prediction(nats / tokens, right / tokens)
+
+
+@torch.no_grad()
+def choices(
+    model: PreTrainedModel, blocks: Sequence[MoEBlock], batches: Sequence[Batch]
+) -> list[list[Routing]]:
+    """The routings of each batch, without scores and logits: they would be most of the memory.
+
+    Args:
+        model: in evaluation mode.
+        blocks: of the model.
+        batches: of text.
+
+    Returns, for each batch, one on the CPU for each block.
+    """
+    found = []
+    for batch in batches:
+        _, routings = route(model, blocks, **batch.to(model.device).inputs())
+        none = torch.empty(0)
+        found.append([replace(routing.to("cpu"), scores=none, logits=none) for routing in routings])
+    return found
+
+
+def overlap(before: list[list[Routing]], after: list[list[Routing]]) -> float:
+    """Share of the experts in `choices` before that are still chosen, over all tokens and blocks."""
+    tokens = [routings[0].experts.shape[0] for routings in before]
+    shares = [expert_overlap(old, new) for old, new in zip(before, after, strict=True)]
+    return sum(n * share for n, share in zip(tokens, shares, strict=True)) / sum(tokens)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from coterie.tune.history import Step
 from coterie.tune.measure import Prediction
-from coterie.tune.unlearn import Step
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,13 @@ class Known:
         forget: the text to forget.
         retain: the text to keep.
         disk: bytes of the safetensors files.
+        speed: tokens per second of forward passes, the two models by turns; None in a dry run.
     """
 
     forget: Prediction
     retain: Prediction
     disk: int
+    speed: float | None = None
 
 
 @dataclass(frozen=True)

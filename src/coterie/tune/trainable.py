@@ -20,6 +20,9 @@ from coterie.tune.attribute import Target
 
 RouterScope = Literal["layer", "row"]
 
+SCOPES = ("expert", "experts", "router", "all")
+"""What is trained: the target and its router (UOE); or, to compare, all experts, all routers, everything."""
+
 
 @dataclass(frozen=True, eq=False)
 class Slice:
@@ -36,6 +39,37 @@ class Slice:
     def view(self, tensor: Tensor) -> Tensor:
         """The part of `tensor`, the parameter's or of its shape, that this is."""
         return tensor if self.index is None else tensor[self.index]
+
+
+def scope_slices(
+    model: PreTrainedModel,
+    blocks: Sequence[MoEBlock],
+    targets: Sequence[Target],
+    scope: str,
+    *,
+    router: RouterScope = "layer",
+) -> list[Slice]:
+    """What a scope trains.
+
+    Args:
+        model: which the blocks are of.
+        blocks: all its MoE blocks.
+        targets: the experts, which have to exist in every scope.
+        scope: one of SCOPES.
+        router: of the scope "expert", as in `expert_slices`.
+
+    Raises ValueError for an unknown scope, and as `expert_slices`.
+    """
+    chosen = expert_slices(model, blocks, targets, router=router)  # which also checks them
+    if scope == "expert":
+        return chosen
+    if scope == "experts":
+        return all_experts(model, blocks)
+    if scope == "router":
+        return all_routers(model, blocks)
+    if scope == "all":
+        return [Slice(p) for p in model.parameters()]
+    raise ValueError(f"no scope {scope!r}; use one of {', '.join(SCOPES)}")
 
 
 def expert_slices(
@@ -114,25 +148,28 @@ class Weights:
         for piece, own in zip(self._slices, self.parameters, strict=True):
             piece.view(piece.parameter.data).copy_(own)
 
-    @torch.no_grad()
-    def snapshot(self) -> list[Tensor]:
-        """Copies of the slices as they are in the model."""
-        return [piece.view(piece.parameter.data).clone() for piece in self._slices]
 
-    @contextmanager
-    def replaced(self, values: Sequence[Tensor]) -> Iterator[None]:
-        """The model with other values in the slices, such as a snapshot, while the context is open."""
-        now = self.snapshot()
-        try:
-            self._put(values)
-            yield
-        finally:
-            self._put(now)
+@torch.no_grad()
+def snapshot(slices: Sequence[Slice]) -> list[Tensor]:
+    """Copies of the slices as they are in the model."""
+    return [piece.view(piece.parameter.data).clone() for piece in slices]
 
-    @torch.no_grad()
-    def _put(self, values: Iterable[Tensor]) -> None:
-        for piece, value in zip(self._slices, values, strict=True):
-            piece.view(piece.parameter.data).copy_(value)
+
+@contextmanager
+def replaced(slices: Sequence[Slice], values: Sequence[Tensor]) -> Iterator[None]:
+    """The model with other values in the slices, such as a `snapshot`, while the context is open."""
+    now = snapshot(slices)
+    try:
+        _put(slices, values)
+        yield
+    finally:
+        _put(slices, now)
+
+
+@torch.no_grad()
+def _put(slices: Sequence[Slice], values: Sequence[Tensor]) -> None:
+    for piece, value in zip(slices, values, strict=True):
+        piece.view(piece.parameter.data).copy_(value)
 
 
 @contextmanager
