@@ -6,6 +6,7 @@ import inspect
 from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import transformers
@@ -125,15 +126,16 @@ def families() -> list[tuple[str, str]]:
 
 
 def tiny_config(
-    config_class: type[PretrainedConfig], sizes: dict[str, object], **more: object
+    config_class: type[PretrainedConfig], sizes: dict[str, Any], **more: object
 ) -> PretrainedConfig:
     default = config_class()
     values = {k: v for k, v in sizes.items() if _has(default, k)}
     if "qk_rope_head_dim" in values:
         values.pop("head_dim", None)  # derived there
     for name, value in default.to_dict().items():
-        if isinstance(value, list) and len(value) == getattr(default, "num_hidden_layers", -1):
-            values[name] = value[-LAYERS:]
+        whole = getattr(default, "num_hidden_layers", -1)
+        if isinstance(value, list) and len(value) == whole and name not in sizes:
+            values[name] = value[-sizes["num_hidden_layers"] :]
     for name, sub in getattr(config_class, "sub_configs", {}).items():
         if isinstance(sub, type) and hasattr(sub, "model_type") and sub is not transformers.AutoConfig:
             values[name] = tiny_config(sub, sizes)
@@ -163,7 +165,8 @@ def tiny_model(family: str, experts: str, **sizes: object) -> PreTrainedModel:
     ]
     best = max(candidates, key=lambda c: (c.__name__.endswith("ForCausalLM"), "For" not in c.__name__))
     torch.manual_seed(0)
-    return best(tiny_config(config_class, TINY | sizes, **MORE.get(family, {}))).eval()
+    more = {name: sizes.get(name, value) for name, value in MORE.get(family, {}).items()}
+    return best(tiny_config(config_class, TINY | sizes, **more)).eval()
 
 
 def output(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
