@@ -107,10 +107,10 @@ def _check_held(checkpoint: Checkpoint, number: int, passes: list[Pass]) -> None
     """Whether the passes are held at the layer of that number, or over after the last one."""
     due = [*checkpoint.layers, None][number]
     for one in passes:
-        if one.layer == due:
+        if one.layer == due:  # after the last layer a pass ends for lack of the output head
             continue
-        if due is None:
-            problem = f"calls {one.layer} again after {checkpoint.layers[-1]}"
+        if one.layer in checkpoint.layers[:number]:
+            problem = f"calls {one.layer} more than once"
         elif one.layer is not None:
             problem = f"calls {one.layer} where {due} is next"
         elif one.lacks is not None:
