@@ -77,7 +77,9 @@ def test_what_is_computed_between_layers_may_use_the_decoders_own_weights(folder
 def test_what_is_computed_between_layers_cannot_use_embedding_tables(folder, monkeypatch):
     between = decoder(lambda model, hidden: hidden @ model.embed_tokens.weight.T @ model.embed_tokens.weight)
     monkeypatch.setattr(modeling.Qwen3MoeModel, "forward", between)
-    message = r"needs model\.embed_tokens\.weight, which is in none of its layers, before it calls model\.layers\.1"
+    message = (
+        r"needs model\.embed_tokens\.weight, which is in none of its layers, before it calls model\.layers\.1"
+    )
     with pytest.raises(ValueError, match=message):
         next(stream_records(folder, BATCHES))
 
@@ -92,7 +94,8 @@ def test_layers_out_of_order_are_refused(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("headless", "message"), [(True, r"does not call its layer layers\.1,"), (False, r"needs lm_head\.weight, which")]
+    ("headless", "message"),
+    [(True, r"does not call its layer layers\.1,"), (False, r"needs lm_head\.weight, which")],
 )
 def test_layers_that_are_left_out_are_refused(folder, monkeypatch, headless, message):
     def forward(self, input_ids=None, use_cache=None, **kwargs):

@@ -24,8 +24,8 @@ def stream_records(
 ) -> Iterator[tuple[MoEBlock, BlockRecord]]:
     """What each MoE block did with some text, block by block, with one decoder layer's weights in memory.
 
-    The model's own forward pass runs once for each batch, and is held at every layer until all others are there:
-    what it does between its layers, and hands from one to another, is what it always does.
+    The model's own forward pass runs once for each batch, and is held at every layer until all others are
+    there: what it does between its layers, and hands from one to another, is what it always does.
 
     Args:
         source: folder with config.json and safetensors, or a `Checkpoint` of it.
