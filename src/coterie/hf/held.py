@@ -75,15 +75,13 @@ class Pass:
         lacks: the name of the weight for which the pass ended, if it asked for one that is not in memory.
     """
 
-    layer: str | None = None
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any]
-    lacks: str | None = None
-
     def __init__(self, model: PreTrainedModel, ids_BS: Tensor) -> None:
-        self.kwargs = {}
-        self._calls: SimpleQueue[tuple[str, tuple[Any, ...], dict[str, Any]] | BaseException | None]
-        self._calls, self._outputs = SimpleQueue(), SimpleQueue[tuple[Any] | None]()
+        self.layer: str | None = None
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        self.lacks: str | None = None
+        self._calls = SimpleQueue[Any]()  # (layer, args, kwargs); what the model raised; None after its end
+        self._outputs = SimpleQueue[tuple[Any] | None]()  # in a tuple, as None closes the pass
         self._thread = threading.Thread(target=self._run, args=(model, ids_BS), daemon=True)
 
     def start(self) -> None:
@@ -123,6 +121,8 @@ class Pass:
                 model(input_ids=ids_BS, use_cache=False)
         except _LacksError as error:
             self.lacks = str(error)
+        except _ClosedError:
+            return
         except BaseException as error:  # raised where the pass is waited for
             end = error
         self._calls.put(end)
