@@ -6,6 +6,7 @@ import inspect
 from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import transformers
@@ -91,8 +92,13 @@ MORE: dict[str, dict[str, object]] = {
         "indexer_types": ["full"] * LAYERS,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
     },
-    "inkling2": {"unpadded_vocab_size": 120},
-    "inkling2_loop": {"unpadded_vocab_size": 120},
+    "inkling2": {"unpadded_vocab_size": 120, "n_layers_per_attn_res_block": 1},
+    "inkling2_loop": {
+        "unpadded_vocab_size": 120,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+    },
     "lfm2_moe": {"layer_types": ["full_attention"] * LAYERS},
     "mimo_v2_flash": {"layer_types": ["full_attention"] * LAYERS, "num_attention_heads": 16},
     "mistral_large4": {"kv_source_layers": list(range(LAYERS))},
@@ -125,15 +131,16 @@ def families() -> list[tuple[str, str]]:
 
 
 def tiny_config(
-    config_class: type[PretrainedConfig], sizes: dict[str, object], **more: object
+    config_class: type[PretrainedConfig], sizes: dict[str, Any], **more: object
 ) -> PretrainedConfig:
     default = config_class()
     values = {k: v for k, v in sizes.items() if _has(default, k)}
     if "qk_rope_head_dim" in values:
         values.pop("head_dim", None)  # derived there
     for name, value in default.to_dict().items():
-        if isinstance(value, list) and len(value) == getattr(default, "num_hidden_layers", -1):
-            values[name] = value[-LAYERS:]
+        whole = getattr(default, "num_hidden_layers", -1)
+        if isinstance(value, list) and len(value) == whole and name not in sizes:
+            values[name] = value[-sizes["num_hidden_layers"] :]
     for name, sub in getattr(config_class, "sub_configs", {}).items():
         if isinstance(sub, type) and hasattr(sub, "model_type") and sub is not transformers.AutoConfig:
             values[name] = tiny_config(sub, sizes)
@@ -163,7 +170,8 @@ def tiny_model(family: str, experts: str, **sizes: object) -> PreTrainedModel:
     ]
     best = max(candidates, key=lambda c: (c.__name__.endswith("ForCausalLM"), "For" not in c.__name__))
     torch.manual_seed(0)
-    return best(tiny_config(config_class, TINY | sizes, **MORE.get(family, {}))).eval()
+    more = {name: sizes.get(name, value) for name, value in MORE.get(family, {}).items()}
+    return best(tiny_config(config_class, TINY | sizes, **more)).eval()
 
 
 def output(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
