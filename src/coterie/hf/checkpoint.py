@@ -29,6 +29,7 @@ from coterie.hf import modules
 from coterie.hf.blocks import MoEBlock, find_moe_blocks
 from coterie.hf.layout import join
 from coterie.hf.load import check_files, model_class, shards
+from coterie.hf.top_any import check_unmasked
 
 SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers asks the environment
 
@@ -46,13 +47,14 @@ class Checkpoint:
         blocks: its MoE blocks.
         stack: name of the list of decoder layers that the blocks are in, such as "model.layers".
 
-    Raises ValueError if files are missing or damaged, the weights are quantised, there is no MoE block, or
-    the blocks are not in one stack of layers.
+    Raises ValueError if files are missing or damaged, the weights are quantised, there is no MoE block, the
+    blocks are not in one stack of layers, or there are masks of experts per token.
     """
 
     def __init__(self, folder: Path | str, **options: Any) -> None:
         self.folder = Path(folder)
         check_files(folder)
+        check_unmasked(self.folder)
         try:
             config = AutoConfig.from_pretrained(folder)
         except (ValueError, OSError) as error:  # transformers adds advice over several lines

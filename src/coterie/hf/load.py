@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from coterie.hf.blocks import find_moe_blocks
 from coterie.hf.save import MANIFEST, PACKED
+from coterie.hf.top_any import MASKS, check_unmasked, read_masks
 
 INDEX = "model.safetensors.index.json"
 
@@ -22,7 +23,8 @@ def load(folder: Path | str, **options: Any) -> PreTrainedModel:
         folder: with config.json and safetensors.
         options: those of `from_pretrained`, such as dtype, device_map, experts_implementation.
 
-    Returns the model, in evaluation mode, of the class that config.json names.
+    Returns the model, in evaluation mode, of the class that config.json names. Masks of experts per token
+    that the folder holds, as `coterie top-any` writes them, are in place.
 
     Raises ValueError if a file is missing or damaged, the class is not one of transformers, or the experts
     are packed.
@@ -39,16 +41,19 @@ def load(folder: Path | str, **options: Any) -> PreTrainedModel:
         raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
     if (folder / MANIFEST).exists():
         model.__class__ = built.__base__
+    read_masks(folder, model)
     return model
 
 
 def outline(folder: Path | str) -> PreTrainedModel:
     """The model that `load` would load, on the meta device: names, shapes and numbers, no weight is read.
 
-    Raises ValueError as `load`.
+    Raises ValueError as `load`, but for packed experts; or if the folder has masks, which an edit of the
+    weights would make wrong.
     """
     folder = Path(folder)
     check_files(folder)
+    check_unmasked(folder)
     with torch.device("meta"):
         model: PreTrainedModel = model_class(folder)(AutoConfig.from_pretrained(folder))
     model.train(False)
@@ -82,7 +87,7 @@ def shards(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         return sorted({folder / name for name in _read_json(index)["weight_map"].values()})
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(file for file in folder.glob("*.safetensors") if file.name != MASKS)
     if not found:
         raise ValueError(f"{folder} has no safetensors files")
     return found
