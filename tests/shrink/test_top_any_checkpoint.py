@@ -320,7 +320,9 @@ def test_in_memory_masks_are_not_lost_in_silence(model, tmp_path):
     block.set_top_k(1)
     with pytest.raises(ValueError, match="made for 2 experts per token, the router gives 1"):
         logits(model)
-    with pytest.raises(ValueError, match="there is a mask for model.layers.9.mlp.experts, which Qwen3Moe"):
+    with pytest.raises(
+        ValueError, match=r"there is a mask for model\.layers\.9\.mlp\.experts, which Qwen3Moe"
+    ):
         place_masks(tiny(), {"model.layers.9.mlp.experts": PrefixMask(32, 2)}, renormalize=True)
 
 
@@ -423,7 +425,7 @@ def test_training_of_masks_goes_on_from_its_file(model, tmp_path):
         return [p for mask in masks for p in mask.parameters()]
 
     straight = trained(batches)
-    with pytest.raises(TypeError):
+    with pytest.raises(AttributeError):
         trained([*batches[:15], None, *batches[16:]], tmp_path / "state")
     resumed = trained(batches, tmp_path / "state")
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))

@@ -113,13 +113,27 @@ def place_masks(model: PreTrainedModel, masks: Mapping[str, PrefixMask], *, reno
 
 
 def masks_of(model: nn.Module) -> dict[str, PrefixMask]:
-    """The masks that are placed in a model, by the names of their banks."""
+    """The masks that are placed in a model, by the names of their banks.
+
+    >>> masks_of(nn.Linear(2, 2))
+    {}
+    """
     return {name: placed.mask for name, _, placed in _placed(model)}
 
 
 @contextmanager
 def unmasked(model: nn.Module) -> Iterator[None]:
-    """The model without the masks that were placed in it, while the context is open."""
+    """The model without the masks that were placed in it, while the context is open.
+
+    >>> from transformers import MixtralConfig, MixtralForCausalLM
+    >>> model = MixtralForCausalLM(MixtralConfig(
+    ...     vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+    ...     num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2))
+    >>> place_masks(model, {"model.layers.0.mlp.experts": PrefixMask(16, 2)}, renormalize=True)
+    >>> with unmasked(model):
+    ...     masks_of(model)
+    {}
+    """
     places = [(bank, placed) for _, bank, placed in _placed(model)]
     for bank, placed in places:
         del bank._modules[_PLACE]

@@ -162,28 +162,8 @@ class _Job:
         show.say("measuring both on held-out text")
         with top_any(banks, masks, renormalize=renormalize) as kept:
             after = perplexity(model, self.heldout)
-        shares = {block.name: one.ratio for block, one in zip(blocks, kept, strict=True)}
-        before = sizes(empty, find_moe_blocks(empty)), bytes_on_disk(self.folder)
-        mask_bytes = sum(p.nbytes for mask in masks for p in mask.parameters())
-        done = Masked(
-            source=str(self.folder),
-            out=None,
-            packed=packed,
-            sparsity=self.sparsity,
-            renormalize=renormalize,
-            top_k={block.name: block.top_k for block in blocks},
-            kept=shares,
-            before=Measured(
-                replace(before[0], memory=_nbytes(model)), before[1], perplexity(model, self.heldout)
-            ),
-            after=Measured(
-                _masked_sizes(before[0], _nbytes(model), blocks, masks, shares),
-                before[1] + mask_bytes,
-                after,
-            ),
-            calibration_tokens=0,
-            heldout_tokens=sum(ids.numel() for ids in self.heldout),
-        )
+        done = self._compare(empty, model, blocks, masks, [one.ratio for one in kept], after)
+        done.renormalize, done.packed = renormalize, packed
         placed = dict(zip(map(bank_name, blocks), masks, strict=True))
         place_masks(model, placed, renormalize=renormalize)
         if self.out is not None:
@@ -231,6 +211,35 @@ class _Job:
             )
         return masks
 
+    def _compare(
+        self,
+        empty: PreTrainedModel,
+        model: PreTrainedModel,
+        blocks: Sequence[MoEBlock],
+        masks: Sequence[PrefixMask],
+        kept: Sequence[float],
+        perplexity_after: float,
+    ) -> Masked:
+        """Sizes and perplexity; `kept` is the share of each block's slots that run."""
+        whole = replace(sizes(empty, find_moe_blocks(empty)), memory=sizes(model, ()).memory)
+        disk = bytes_on_disk(self.folder)
+        extra, nbytes, left_out = 0, 0, 0.0
+        for block, mask, share in zip(blocks, masks, kept, strict=True):
+            extra += sum(p.numel() for p in mask.parameters())
+            nbytes += sum(p.nbytes for p in mask.parameters())
+            expert = sum(t[0].numel() for t in vars(block.experts).values() if t is not None)
+            left_out += (1 - share) * block.top_k * expert
+        masked = Sizes(whole.total + extra, round(whole.active - left_out) + extra, whole.memory + nbytes)
+        return Masked(
+            source=str(self.folder),
+            sparsity=self.sparsity,
+            top_k={block.name: block.top_k for block in blocks},
+            kept={block.name: share for block, share in zip(blocks, kept, strict=True)},
+            before=Measured(whole, disk, perplexity(model, self.heldout)),
+            after=Measured(masked, disk + nbytes, perplexity_after),
+            heldout_tokens=sum(ids.numel() for ids in self.heldout),
+        )
+
 
 def _check_numbers(sparsity: float, steps: int, batch_size: int, lr: float) -> None:
     if not sparsity >= 0:
@@ -265,24 +274,6 @@ def _batches(sequences: Sequence[list[int]], batch_size: int, steps: int, seed: 
     return [every[i] for _ in range(rounds) for i in torch.randperm(len(every), generator=draw)][:steps]
 
 
-def _masked_sizes(
-    whole: Sizes,
-    memory: int,
-    blocks: Sequence[MoEBlock],
-    masks: Sequence[PrefixMask],
-    kept: dict[str, float],
-) -> Sizes:
-    extra = sum(p.numel() for mask in masks for p in mask.parameters())
-    left_out = sum(
-        (1 - kept[block.name])
-        * block.top_k
-        * sum(t[0].numel() for t in vars(block.experts).values() if t is not None)
-        for block in blocks
-    )
-    mask_bytes = sum(p.nbytes for mask in masks for p in mask.parameters())
-    return Sizes(whole.total + extra, round(whole.active - left_out) + extra, memory + mask_bytes)
-
-
 def _write(source: Path, out: Path, blocks: Sequence[MoEBlock], model: PreTrainedModel) -> None:
     """Copies a checkpoint, but for weights in other formats, and adds the masks of a model."""
     weights = shards(source)
@@ -297,7 +288,3 @@ def _write(source: Path, out: Path, blocks: Sequence[MoEBlock], model: PreTraine
             write_masks(model, draft)
     except OSError as error:
         raise ValueError(f"cannot write {out}: {error}; nothing was left behind") from None
-
-
-def _nbytes(model: PreTrainedModel) -> int:
-    return sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())

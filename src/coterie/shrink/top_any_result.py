@@ -28,32 +28,32 @@ class Masked:
 
     Args:
         source: its folder.
-        out: the new folder; None in a dry run.
-        packed: whether its experts are.
         sparsity: λ.
-        renormalize: whether its router's weights have the same sum for all tokens; then masked ones have it,
-            too.
         top_k: block name → K, of the blocks that have a mask.
         kept: block name → share of the K experts per token that run, on held-out text.
         before: the checkpoint.
         after: with masks.
-        calibration_tokens: read.
         heldout_tokens: tested on.
+        calibration_tokens: read.
+        packed: whether the experts are.
+        renormalize: whether its router's weights have the same sum for all tokens; then masked ones have it,
+            too.
         rule: the predecessor.
+        out: the new folder; None in a dry run.
     """
 
     source: str
-    out: str | None
-    packed: bool
     sparsity: float
-    renormalize: bool
     top_k: dict[str, int]
     kept: dict[str, float]
     before: Measured
     after: Measured
-    calibration_tokens: int
     heldout_tokens: int
+    calibration_tokens: int = 0
+    packed: bool = False
+    renormalize: bool = True
     rule: Rule | None = None
+    out: str | None = None
 
     def experts(self) -> tuple[float, float]:
         """Routed experts per token and layer, (before, after)."""
