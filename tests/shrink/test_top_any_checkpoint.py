@@ -253,16 +253,18 @@ def test_bad_wishes_are_refused_in_one_line_before_weights_are_read(
 
 def test_bad_folders_are_refused(coterie, checkpoint, text, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "load", None)
-    dense, single, taken = tmp_path / "dense", tmp_path / "single", tmp_path / "taken"
+    dense, single, headless, taken = (tmp_path / name for name in ("dense", "single", "headless", "taken"))
     config = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=8, num_hidden_layers=1)
     LlamaForCausalLM(config).save_pretrained(dense)
     tiny(num_experts_per_tok=1).save_pretrained(single)
+    tiny().model.save_pretrained(headless)
     taken.mkdir()
     (taken / "file").write_text("")
     out = tmp_path / "out"
     for folder, place, calib, message in [
         (dense, out, text, "LlamaForCausalLM has no MoE block"),
         (single, out, text, "model.layers.0.mlp sends a token to 1 expert; none can be left out"),
+        (headless, out, text, "holds a Qwen3MoeModel, which gives no logits to learn from"),
         (checkpoint, taken, text, "taken exists already"),
         (checkpoint, checkpoint, text, "is the folder the model came from"),
         (checkpoint, out, tmp_path / "none.txt", "none.txt does not exist"),

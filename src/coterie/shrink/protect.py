@@ -57,7 +57,7 @@ def attention_received(layers: Sequence[nn.Module]) -> Iterator[list[Attention]]
 @torch.no_grad()
 def gives_attention(model: nn.Module, layers: Sequence[nn.Module], ids_BS: Tensor) -> bool:
     """Whether every one of these layers has a `self_attn` that gives its weights, found by one pass."""
-    if not all(hasattr(layer, "self_attn") for layer in layers):
+    if any(getattr(layer, "self_attn", None) is None for layer in layers):  # or a state-space model
         return False
     given: list[bool] = []
     with ExitStack() as hooks:

@@ -88,8 +88,9 @@ def top_any_checkpoint(
 
     Raises:
         ValueError: before the model runs: no mixture of experts, one that sends a token to one expert, masks
-            that are there already, the format "transformers", an output folder that is taken, calibration
-            text that is missing, too short or of another tokenizer, a number out of range.
+            that are there already, a model without logits, the format "transformers", an output folder that
+            is taken, calibration text that is missing, too short or of another tokenizer, a number out of
+            range.
         KeyboardInterrupt: Ctrl-C; nothing is written but what is kept to go on with.
     """
     folder, out = Path(folder), None if out is None else Path(out)
@@ -97,6 +98,8 @@ def top_any_checkpoint(
     _check_out(folder, out, format, dry_run)
     model = outline(folder)
     _check_blocks(find_moe_blocks(model))
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{folder} holds a {type(model).__name__}, which gives no logits to learn from")
     if not calib:
         raise ValueError("no calibration text was given; give a text or .jsonl file")
     tokenizer, config = read_tokenizer(folder), model.config.get_text_config()
