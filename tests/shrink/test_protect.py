@@ -71,3 +71,10 @@ def test_which_layers_give_attention_weights_is_found_out(model):
     assert not gives_attention(model, layers, IDS)
     del layers[0].self_attn  # as in a layer of another kind
     assert not gives_attention(model, layers, IDS)
+
+
+def test_attention_to_summaries_of_tokens_is_not_attention_to_tokens(model):
+    layers = [block.layer for block in find_moe_blocks(model)]
+    model.set_attn_implementation("eager")
+    layers[1].self_attn.register_forward_hook(lambda m, args, y: (y[0], torch.cat((y[1], y[1]), -1)))
+    assert not gives_attention(model, layers, IDS)

@@ -56,17 +56,21 @@ def attention_received(layers: Sequence[nn.Module]) -> Iterator[list[Attention]]
 
 @torch.no_grad()
 def gives_attention(model: nn.Module, layers: Sequence[nn.Module], ids_BS: Tensor) -> bool:
-    """Whether every one of these layers has a `self_attn` that gives its weights, found by one pass."""
+    """Whether every one of these layers has a `self_attn` that gives its weights, found by one pass.
+
+    Not so where it attends to something else than the tokens, such as summaries of some of them.
+    """
     if any(getattr(layer, "self_attn", None) is None for layer in layers):  # or a state-space model
         return False
-    given: list[bool] = []
+    given: list[Tensor | None] = []
     with ExitStack() as hooks:
         for layer in layers:
             attention: Any = layer.self_attn
-            hook = attention.register_forward_hook(lambda m, args, y: given.append(_weights(y) is not None))
+            hook = attention.register_forward_hook(lambda module, args, y: given.append(_weights(y)))
             hooks.callback(hook.remove)
         model(ids_BS)
-    return all(given)
+    square = (ids_BS.shape[1],) * 2
+    return all(weights is not None and weights.shape[-2:] == square for weights in given)
 
 
 def protected(rule: Mask, attention: Attention, share: float = 0.02) -> Mask:
