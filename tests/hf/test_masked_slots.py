@@ -4,8 +4,7 @@ import pytest
 import torch
 from families import families, output, tiny_model
 
-from coterie.hf import find_moe_blocks
-from coterie.hf.top_any import PrefixMask, masks_of, place_masks, unmasked
+from coterie.hf import PrefixMask, find_moe_blocks, masks_of, place_masks, unmasked
 from coterie.shrink.packed_blocks import bank_name
 
 IDS = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -12,8 +12,19 @@ from tiny_models import grouped, mixtral, tiny
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from coterie import cli
-from coterie.hf import Checkpoint, bytes_on_disk, find_moe_blocks, load, outline, save
-from coterie.hf.top_any import MASKS, PrefixMask, masks_of, place_masks, unmasked
+from coterie.hf import (
+    Checkpoint,
+    PrefixMask,
+    bytes_on_disk,
+    find_moe_blocks,
+    load,
+    masks_of,
+    outline,
+    place_masks,
+    save,
+    unmasked,
+)
+from coterie.hf.top_any import MASKS
 from coterie.shrink import load_packed, pack_block, save_packed, top_any, train_top_any
 from coterie.shrink import top_any_checkpoint as job
 from coterie.shrink.quantize_block import quantize_block

@@ -12,6 +12,7 @@ from coterie.hf.routings import route
 from coterie.hf.save import bytes_on_disk, check_expressible, save
 from coterie.hf.stream import stream_layers, stream_records
 from coterie.hf.tensors import ExpertTensors, RouterTensors, pack, unpack
+from coterie.hf.top_any import PrefixMask, masks_of, place_masks, unmasked
 
 __all__ = [
     "BankLayout",
@@ -20,6 +21,7 @@ __all__ = [
     "Checkpoint",
     "ExpertTensors",
     "MoEBlock",
+    "PrefixMask",
     "RouterTensors",
     "Writer",
     "block_layout",
@@ -32,8 +34,10 @@ __all__ = [
     "holds_ids",
     "load",
     "load_tokenizer",
+    "masks_of",
     "outline",
     "pack",
+    "place_masks",
     "recording",
     "register",
     "rewriting",
@@ -42,6 +46,7 @@ __all__ = [
     "save_pruned",
     "stream_layers",
     "stream_records",
+    "unmasked",
     "unpack",
 ]
 

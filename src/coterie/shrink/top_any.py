@@ -90,7 +90,7 @@ def top_any(banks: Sequence[nn.Module], masks: Sequence[Mask], *, renormalize: b
     """Masks the slots of each bank while the context is open.
 
     A slot that is masked gets weight 0 and, where no gradient is asked for, no expert; but with
-    experts_implementation="eager" its expert runs in vain. `coterie.hf.top_any.place_masks` is for good.
+    experts_implementation="eager" its expert runs in vain. `coterie.hf.place_masks` is for good.
 
     Args:
         banks: modules behind transformers' experts interface: `block.bank`, or what `pack_block` returned.
