@@ -98,7 +98,7 @@ def top_any_checkpoint(
     _check_out(folder, out, format, dry_run)
     model = outline(folder)
     _check_blocks(find_moe_blocks(model))
-    if model.get_output_embeddings() is None:
+    if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise ValueError(f"{folder} holds a {type(model).__name__}, which gives no logits to learn from")
     if not calib:
         raise ValueError("no calibration text was given; give a text or .jsonl file")
