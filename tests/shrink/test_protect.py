@@ -5,7 +5,7 @@ import torch
 
 from coterie.hf import find_moe_blocks
 from coterie.shrink import attention_received, protected, top_any, weight_ratio
-from coterie.shrink.protect import Attention
+from coterie.shrink.protect import Attention, gives_attention
 
 IDS = torch.randint(257, (3, 16), generator=torch.Generator().manual_seed(0))
 
@@ -61,3 +61,20 @@ def test_what_is_missing_is_said(model):
         model(IDS)
     with pytest.raises(ValueError, match="attention to 0 tokens is known, but the block has 5"):
         protected(weight_ratio(1.0), Attention())(torch.ones(5, 4), torch.ones(5, 2))
+
+
+def test_which_layers_give_attention_weights_is_found_out(model):
+    layers = [block.layer for block in find_moe_blocks(model)]
+    model.set_attn_implementation("eager")
+    assert gives_attention(model, layers, IDS)
+    model.set_attn_implementation("sdpa")
+    assert not gives_attention(model, layers, IDS)
+    del layers[0].self_attn  # as in a layer of another kind
+    assert not gives_attention(model, layers, IDS)
+
+
+def test_attention_to_summaries_of_tokens_is_not_attention_to_tokens(model):
+    layers = [block.layer for block in find_moe_blocks(model)]
+    model.set_attn_implementation("eager")
+    layers[1].self_attn.register_forward_hook(lambda m, args, y: (y[0], torch.cat((y[1], y[1]), -1)))
+    assert not gives_attention(model, layers, IDS)

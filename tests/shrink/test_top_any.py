@@ -71,11 +71,11 @@ def test_without_renormalisation_the_weights_stay_as_they_were(model):
     seen = []
     with top_any([block.bank], [first_only], renormalize=False):
         block.bank.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+            lambda module, args, kwargs: seen.append(args[2]), with_kwargs=True
         )
         logits(model)
-    torch.testing.assert_close(seen[0]["top_k_weights"].max(1).values, routed.weights_TK.max(1).values)
-    assert bool((seen[0]["top_k_weights"].min(1).values == 0).all())
+    torch.testing.assert_close(seen[0].max(1).values, routed.weights_TK.max(1).values)
+    assert bool((seen[0].min(1).values == 0).all())
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -155,3 +155,11 @@ def test_chance_keeps_the_share_that_was_asked_for(first):
     kept_TK = mask(torch.empty(5000, 8), torch.rand(5000, 4))
     assert kept_TK.mean().item() == pytest.approx(0.6, abs=0.01)
     assert bool((kept_TK[:, 0] == 1).all()) == first
+
+
+def test_transformers_is_told_of_slots_without_an_expert_while_there_are_some(model):
+    banks = banks_of(model)
+    told = lambda: [bank._is_expert_parallel for bank in banks]  # noqa: E731
+    with top_any(banks, [first_only] * 2, renormalize=True):
+        assert told() == [True, True]
+    assert told() == [False, False]

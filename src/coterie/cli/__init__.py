@@ -6,6 +6,7 @@ from coterie.cli.app import app, main
 from coterie.cli import start  # noqa: F401
 from coterie.cli import language_models  # noqa: F401
 from coterie.cli import checkpoints  # noqa: F401
+from coterie.cli import top_any  # noqa: F401
 from coterie.cli import unlearn  # noqa: F401
 from coterie.cli import estimators  # noqa: F401
 

@@ -13,6 +13,7 @@ from coterie.hf.save import bytes_on_disk, check_expressible, save
 from coterie.hf.speed import interleaved_speed
 from coterie.hf.stream import stream_layers, stream_records
 from coterie.hf.tensors import ExpertTensors, RouterTensors, pack, unpack
+from coterie.hf.top_any import PrefixMask, masks_of, place_masks, unmasked
 
 __all__ = [
     "BankLayout",
@@ -21,6 +22,7 @@ __all__ = [
     "Checkpoint",
     "ExpertTensors",
     "MoEBlock",
+    "PrefixMask",
     "RouterTensors",
     "Writer",
     "block_layout",
@@ -34,8 +36,10 @@ __all__ = [
     "interleaved_speed",
     "load",
     "load_tokenizer",
+    "masks_of",
     "outline",
     "pack",
+    "place_masks",
     "recording",
     "register",
     "rewriting",
@@ -44,6 +48,7 @@ __all__ = [
     "save_pruned",
     "stream_layers",
     "stream_records",
+    "unmasked",
     "unpack",
 ]
 

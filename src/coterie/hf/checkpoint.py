@@ -46,8 +46,8 @@ class Checkpoint:
         blocks: its MoE blocks.
         stack: name of the list of decoder layers that the blocks are in, such as "model.layers".
 
-    Raises ValueError if files are missing or damaged, the weights are quantised, there is no MoE block, or
-    the blocks are not in one stack of layers.
+    Raises ValueError if files are missing or damaged, the weights are quantised, there is no MoE block, the
+    blocks are not in one stack of layers, or there are masks of experts per token.
     """
 
     def __init__(self, folder: Path | str, **options: Any) -> None:

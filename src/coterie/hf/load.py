@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from coterie.hf.blocks import find_moe_blocks
 from coterie.hf.save import MANIFEST, PACKED
+from coterie.hf.top_any import MASKS, check_unmasked, read_masks
 
 INDEX = "model.safetensors.index.json"
 
@@ -24,7 +25,8 @@ def load(folder: Path | str, **options: Any) -> PreTrainedModel:
         folder: with config.json and safetensors.
         options: those of `from_pretrained`, such as dtype, device_map, experts_implementation.
 
-    Returns the model, in evaluation mode, of the class that config.json names.
+    Returns the model, in evaluation mode, of the class that config.json names. Masks of experts per token
+    that the folder holds, as `coterie top-any` writes them, are in place.
 
     Raises ValueError if a file is missing or damaged, the class is not one of transformers, the tensors are
     not those that config.json asks for, or the experts are packed.
@@ -44,16 +46,21 @@ def load(folder: Path | str, **options: Any) -> PreTrainedModel:
         raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
     if (folder / MANIFEST).exists():
         model.__class__ = built.__base__
+    read_masks(folder, model)
     return model
 
 
-def outline(folder: Path | str) -> PreTrainedModel:
+def outline(folder: Path | str, *, packed: bool = False) -> PreTrainedModel:
     """The model that `load(folder, dtype="auto")` would load, on the meta device; no weight is read.
+
+    Args:
+        folder: of the model.
+        packed: take one with packed experts, too, as it was before.
 
     Raises ValueError as `read_editable`.
     """
     folder = Path(folder)
-    config = read_editable(folder)
+    config = read_editable(folder, packed=packed)
     with torch.device("meta"):
         make = model_class(folder)._from_config
         model: PreTrainedModel = make(config, dtype=config.dtype or stored_dtype(shards(folder)))
@@ -85,15 +92,17 @@ def stored_dtype(files: Iterable[Path]) -> torch.dtype:
     return torch.float32
 
 
-def read_editable(folder: Path | str) -> Any:
+def read_editable(folder: Path | str, *, packed: bool = False) -> Any:
     """The configuration in the folder of a model whose experts are numbers that can be read and edited.
 
-    Raises ValueError if a file is missing or damaged, the model is unknown, its weights are quantised, or its
-    experts packed.
+    Raises ValueError if a file is missing or damaged, the model is unknown, its weights are quantised, its
+    experts packed (unless `packed`), or masked per token, which an edit of the weights would make wrong.
     """
     folder = Path(folder)
     check_files(folder)
-    _check_unpacked(folder)
+    if not packed:
+        _check_unpacked(folder)
+    check_unmasked(folder)
     config = read_config(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} is quantised; save it dequantised first")
@@ -140,7 +149,7 @@ def shards(folder: Path) -> list[Path]:
         if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
             raise ValueError(f'{index} is damaged: it has no "weight_map", the file of each tensor')
         return sorted({folder / name for name in content["weight_map"].values()})
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(file for file in folder.glob("*.safetensors") if file.name != MASKS)
     if not found:
         raise ValueError(f"{folder} has no safetensors files{_other_weights(folder)}")
     return found

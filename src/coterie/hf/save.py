@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from coterie.data import check_writable, written_whole
 from coterie.hf.blocks import MoEBlock, find_moe_blocks
 from coterie.hf.layout import FIELDS
+from coterie.hf.top_any import masks_of, unmasked, write_masks
 
 Format = Literal["transformers", "coterie"]
 MANIFEST = "coterie.json"
@@ -30,8 +31,8 @@ def save(model: PreTrainedModel, folder: Path | str, format: Format = "transform
         model: with MoE blocks, edited or not.
         folder: must not exist yet, or be empty; not the one that the model came from.
         format: "transformers" is read by plain `from_pretrained`, without coterie. "coterie" also allows
-            layers to differ in experts, top_k and routing groups: the same files and a manifest,
-            `coterie.json`, read by `coterie.hf.load`.
+            layers to differ in experts, top_k and routing groups, and to have masks (`place_masks`): the same
+            files and a manifest, `coterie.json`, read by `coterie.hf.load`.
 
     Raises ValueError, before anything is written, if the folder is taken or the format cannot express the
     model.
@@ -42,10 +43,17 @@ def save(model: PreTrainedModel, folder: Path | str, format: Format = "transform
     blocks = find_moe_blocks(model)
     if format == "transformers":
         check_expressible(blocks, [block.num_experts for block in blocks])
+        if masks_of(model):
+            raise ValueError(
+                f"the experts per token of this {type(model).__name__} are masked, which transformers cannot "
+                'do; use format="coterie"'
+            )
     with written_whole(folder) as whole:
-        model.save_pretrained(whole)
+        with unmasked(model):
+            model.save_pretrained(whole)
         if format == "coterie":
             (whole / MANIFEST).write_text(manifest(blocks))
+            write_masks(model, whole)
 
 
 def manifest(blocks: Sequence[MoEBlock]) -> str:

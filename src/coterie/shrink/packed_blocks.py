@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from coterie.hf import MoEBlock
 from coterie.hf.experts import fused_activation
+from coterie.hf.top_any import masks_of
 from coterie.kernels import ClampedSwiGLU, PackedWeight, low_bit_mlp, sort_by_expert
 from coterie.kernels.activations import activate
 from coterie.kernels.packed import COLUMNS, ROWS, check_group_size
@@ -70,7 +71,9 @@ def packed_bank(block: MoEBlock, w_in: list[PackedWeight], w_out: list[PackedWei
 
 
 def place_bank(model: PreTrainedModel, block: MoEBlock, bank: QuantizedExperts) -> PackedExperts:
-    """Puts a packed bank in the place of a block's experts."""
+    """Puts a packed bank in the place of a block's experts; ValueError if these have a mask."""
+    if masks_of(block.bank):
+        raise ValueError(f"{block.name}: its experts per token are masked; pack them, then train masks anew")
     packed = PackedExperts(bank).to(block.experts.down.device)
     for place in (block, *block.also):
         set_bank(model, bank_name(place), packed)

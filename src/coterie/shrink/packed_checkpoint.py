@@ -14,6 +14,7 @@ from coterie.data import written_whole
 from coterie.hf import MoEBlock, check_files
 from coterie.hf.load import model_class
 from coterie.hf.save import MANIFEST, PACKED, check_output, manifest
+from coterie.hf.top_any import read_masks, unmasked, write_masks
 from coterie.shrink.experts import TENSORS, QuantizedExperts
 from coterie.shrink.packed_blocks import PackedExperts, set_bank
 
@@ -41,7 +42,9 @@ def save_packed(model: PreTrainedModel, blocks: Sequence[MoEBlock], folder: Path
     if not layouts:
         raise ValueError(f"no block of {type(model).__name__} is packed; coterie.hf.save writes it")
     with written_whole(folder) as whole:
-        model.save_pretrained(whole)
+        with unmasked(model):
+            model.save_pretrained(whole)
+        write_masks(model, whole)
         (whole / MANIFEST).write_text(manifest(blocks))
         (whole / PACKED).write_text(layouts_text(layouts))
 
@@ -53,7 +56,8 @@ def load_packed(folder: Path | str, **options: Any) -> PreTrainedModel:
         folder: written by `save_packed` or `coterie quantize`.
         options: those of `from_pretrained`, such as dtype.
 
-    Returns the model, in evaluation mode, of the class that config.json names.
+    Returns the model, in evaluation mode, of the class that config.json names, with the masks of experts per
+    token that the folder holds.
 
     Raises ValueError if the folder has no packed experts, or a file or tensor is missing or damaged.
     """
@@ -79,6 +83,7 @@ def load_packed(folder: Path | str, **options: Any) -> PreTrainedModel:
         raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
     model.__class__ = base.__base__  # the class in transformers
     _check_dtypes(model)
+    read_masks(folder, model)
     return model
 
 

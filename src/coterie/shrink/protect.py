@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coterie.shrink.top_any import Mask
+from coterie.hf.top_any import Mask
 
 
 @dataclass
@@ -54,6 +54,25 @@ def attention_received(layers: Sequence[nn.Module]) -> Iterator[list[Attention]]
         yield records
 
 
+@torch.no_grad()
+def gives_attention(model: nn.Module, layers: Sequence[nn.Module], ids_BS: Tensor) -> bool:
+    """Whether every one of these layers has a `self_attn` that gives its weights, found by one pass.
+
+    Not so where it attends to something else than the tokens, such as summaries of some of them.
+    """
+    if any(getattr(layer, "self_attn", None) is None for layer in layers):  # or a state-space model
+        return False
+    given: list[Tensor | None] = []
+    with ExitStack() as hooks:
+        for layer in layers:
+            attention: Any = layer.self_attn
+            hook = attention.register_forward_hook(lambda module, args, y: given.append(_weights(y)))
+            hooks.callback(hook.remove)
+        model(ids_BS)
+    square = (ids_BS.shape[1],) * 2
+    return all(weights is not None and weights.shape[-2:] == square for weights in given)
+
+
 def protected(rule: Mask, attention: Attention, share: float = 0.02) -> Mask:
     """A rule, with all slots kept for the tokens that matter most: largest |x|₁ · attention received.
 
@@ -81,7 +100,7 @@ def protected(rule: Mask, attention: Attention, share: float = 0.02) -> Mask:
 
 def _receiving(record: Attention) -> Any:
     def hook(module: Any, args: Any, output: Any) -> None:
-        weights_BHSS = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        weights_BHSS = _weights(output)
         if weights_BHSS is None:
             raise ValueError(
                 f"{type(module).__name__} gives no attention weights; "
@@ -92,3 +111,8 @@ def _receiving(record: Attention) -> Any:
         record.mean_T = (weights_BHSS.float().mean(1).sum(1) / seen_by_S).flatten()
 
     return hook
+
+
+def _weights(output: Any) -> Tensor | None:
+    """[B, H, S, S] what an attention module returned beside its output, if it did."""
+    return output[1] if isinstance(output, tuple) and len(output) > 1 else None

@@ -17,7 +17,7 @@ from coterie.hf import Checkpoint, MoEBlock, find_moe_blocks, load, outline, rew
 from coterie.hf.calibration import read_tokenizer
 from coterie.hf.kept import identity, kept_folder, remove_kept
 from coterie.hf.progress import Show, showing
-from coterie.hf.save import PACKED, bytes_on_disk, check_output
+from coterie.hf.save import PACKED, bytes_on_disk, check_output, copy_side_files
 from coterie.hf.speed import interleaved_speed
 from coterie.shrink.calibrate import (
     batches,
@@ -171,7 +171,7 @@ def quantize_checkpoint(
     seen, heldout = ([ids for text in each for ids in batches(text)] for each in (texts, tested))
     if out is not None and not dry_run:
         rounding.folder = kept_folder(out, identity(folder, [seen], rounding))
-    job = _Job(folder, None if dry_run else out, rounding, seen, heldout, tokenizer)
+    job = _Job(folder, None if dry_run else out, rounding, seen, heldout)
     with showing(len(find_moe_blocks(model)) * (rounding.chooses + (not dry_run)), progress) as show:
         quantized = job.stream(show) if stream else job.run(show)
     if rounding.folder is not None:
@@ -188,7 +188,6 @@ class _Job:
     rounding: BlockRounding
     seen: list[Tensor]
     heldout: list[Tensor]
-    tokenizer: Any
 
     def run(self, show: Show) -> Quantized:
         """With the whole model in memory."""
@@ -213,7 +212,7 @@ class _Job:
             result.speed = interleaved_speed(model, partial(placed, model, packed), longest)
         result.memory = (result.memory[0], _nbytes(model))
         show.say(f"writing {self.out}")
-        _write(model, blocks, self.tokenizer, self.out)
+        _write(model, blocks, self.folder, self.out)
         return self._written(result)
 
     def stream(self, show: Show) -> Quantized:
@@ -305,18 +304,17 @@ def _read(
     paths: Sequence[Path | str], tokenizer: Any, config: Any, max_tokens: int, seq_len: int, chat: bool
 ) -> list[list[list[int]]]:
     """The sequences of each file."""
-    texts, seq_len = [], min(seq_len, config.max_position_embeddings)
+    texts, seq_len = [], min(seq_len, getattr(config, "max_position_embeddings", None) or seq_len)
     for path in paths:
         texts.append(read_text(path, tokenizer, max_tokens=max_tokens, seq_len=seq_len, chat=chat))
         check_vocabulary(path, texts[-1], config.vocab_size)
     return texts
 
 
-def _write(model: PreTrainedModel, blocks: list[MoEBlock], tokenizer: Any, out: Path) -> None:
+def _write(model: PreTrainedModel, blocks: list[MoEBlock], source: Path, out: Path) -> None:
     with written_whole(out) as draft:
         save_packed(model, blocks, draft)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(draft)
+        copy_side_files(source, draft)
 
 
 def _nbytes(model: PreTrainedModel) -> int:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,52 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from coterie.shrink.packed_blocks import PackedExperts
+from coterie.data import written_whole
+from coterie.hf.top_any import Mask as Mask
+from coterie.hf.top_any import PrefixMask as PrefixMask
+from coterie.hf.top_any import mask_slots, skip_masked_slots
 
-# (tokens [T, D], combine weights [T, K], falling) → 1 for each slot that stays, 0 for others [T, K]
-Mask = Callable[[Tensor, Tensor], Tensor]
-
-
-class PrefixMask(nn.Module):
-    """Decides how many of a token's experts, 1 … K, run: those with the largest weights.
-
-    z = W₂ [W₁ x ; g] + b scores the K prefixes, g being the weights. It starts at keeping all with odds of
-    e² to 1, whatever the token. With a temperature, forward draws by straight-through Gumbel-softmax: a whole
-    mask, with the gradient of the soft one; without, it takes the best score.
-
-    Args:
-        dim: width D of a token.
-        k: K slots per token.
-
-    Returns (from forward, for x [T, D] and falling weights [T, K]): mask [T, K] of 0 and 1.
-
-    Source: MC# (2025, arXiv 2510.10962), online top-any pruning; prefixes, W₁ and the start are our reading.
-
-    >>> mask = PrefixMask(dim=8, k=4)
-    >>> mask(torch.randn(2, 8), torch.tensor([[0.4, 0.3, 0.2, 0.1]] * 2)).tolist()
-    [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]
-    """
-
-    def __init__(self, dim: int, k: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(dim, k, bias=False)
-        self.score = nn.Linear(2 * k, k)
-        nn.init.zeros_(self.score.weight)
-        with torch.no_grad():
-            self.score.bias.copy_(F.one_hot(torch.tensor(k - 1), k) * 2.0)
-        self.k = k
-        self.temperature: float | None = None
-
-    def forward(self, x_TD: Tensor, weights_TK: Tensor) -> Tensor:
-        x_TD, weights_TK = x_TD.to(self.down.weight), weights_TK.to(self.down.weight)
-        z_TK = self.score(torch.cat((self.down(x_TD), weights_TK), 1))
-        if self.temperature is None:
-            chosen_TK = F.one_hot(z_TK.argmax(1), self.k).to(z_TK)
-        else:
-            chosen_TK = F.gumbel_softmax(z_TK, self.temperature, hard=True)
-        # prefix r keeps slots 0 … r: slot j stays in prefixes j and longer
-        mask_TK: Tensor = chosen_TK.flip(1).cumsum(1).flip(1)
-        return mask_TK
+SAVE_EVERY = 10  # steps of training
 
 
 def weight_ratio(threshold: float) -> Mask:
@@ -128,8 +89,8 @@ class Kept:
 def top_any(banks: Sequence[nn.Module], masks: Sequence[Mask], *, renormalize: bool) -> Iterator[list[Kept]]:
     """Masks the slots of each bank while the context is open.
 
-    A slot that is masked gets weight 0 and, where no gradient is asked for, no expert: its index becomes E,
-    which banks of transformers and `PackedExperts` do not compute.
+    A slot that is masked gets weight 0 and, where no gradient is asked for, no expert; but with
+    experts_implementation="eager" its expert runs in vain. `coterie.hf.place_masks` is for good.
 
     Args:
         banks: modules behind transformers' experts interface: `block.bank`, or what `pack_block` returned.
@@ -144,6 +105,7 @@ def top_any(banks: Sequence[nn.Module], masks: Sequence[Mask], *, renormalize: b
         for bank, mask, count in zip(banks, masks, counts, strict=True):
             hook = bank.register_forward_pre_hook(_masking(mask, count, renormalize), with_kwargs=True)
             hooks.callback(hook.remove)
+            hooks.callback(skip_masked_slots, bank, skip_masked_slots(bank, True))
         yield counts
 
 
@@ -158,9 +120,12 @@ def train_top_any(
     sparsity: float = 0.05,
     lr: float = 5e-3,
     temperatures: tuple[float, float] = (4.0, 0.1),
-    on_step: Callable[[float, float], None] = lambda divergence, ratio: None,
+    on_step: Callable[[int, float, float], None] = lambda steps, divergence, ratio: None,
+    state: Path | None = None,
 ) -> None:
     """Trains masks, and nothing else: KL(teacher ‖ model) + sparsity · mean share of slots that stay.
+
+    The noise of the Gumbel-softmax is drawn from torch's global generators.
 
     Args:
         model: with the banks in it; its parameters are frozen, and left so.
@@ -172,7 +137,10 @@ def train_top_any(
         sparsity: λ. Without it everything stays; where it is large, only the first expert does.
         lr: learning rate.
         temperatures: of the Gumbel-softmax, first and last; it falls geometrically.
-        on_step: called after each step with the divergence, nats per token, and the share of slots kept.
+        on_step: called after each step with the number of steps done, the divergence, nats per token, and the
+            share of slots kept.
+        state: keeps what training came to in this file, every SAVE_EVERY steps, and goes on from it where it
+            exists: with the same arguments, to the same masks. None keeps nothing.
 
     Raises ValueError when a loss is not finite.
 
@@ -191,7 +159,8 @@ def train_top_any(
 
         return remembered
 
-    for step, ids_BS in enumerate(batches_BS):
+    begin = 0 if state is None else _resumed(state, masks, optimizer, model.device)
+    for step, ids_BS in enumerate(batches_BS[begin:], begin):
         ids_BS = ids_BS.to(model.device)
         for mask in masks:
             mask.temperature = first * (last / first) ** (step / max(len(batches_BS) - 1, 1))
@@ -210,30 +179,53 @@ def train_top_any(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        on_step(divergence.item(), ratio.item())
+        done = step + 1
+        if state is not None and (done % SAVE_EVERY == 0 or done == len(batches_BS)):
+            _keep(state, done, masks, optimizer, model.device)
+        on_step(done, divergence.item(), ratio.item())
     for mask in masks:
         mask.temperature = None
 
 
+def _keep(
+    file: Path,
+    steps: int,
+    masks: Sequence[PrefixMask],
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> None:
+    content = {
+        "steps": steps,
+        "masks": [mask.state_dict() for mask in masks],
+        "optimizer": optimizer.state_dict(),
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+    with written_whole(file) as draft:
+        torch.save(content, draft)
+
+
+def _resumed(
+    file: Path, masks: Sequence[PrefixMask], optimizer: torch.optim.Optimizer, device: torch.device
+) -> int:
+    """Puts what `_keep` kept into its places; returns how many steps that was after."""
+    if not file.exists():
+        return 0
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    for mask, state in zip(masks, content["masks"], strict=True):
+        mask.load_state_dict(state)
+    optimizer.load_state_dict(content["optimizer"])
+    torch.set_rng_state(content["cpu"])
+    if content["cuda"] is not None:
+        torch.cuda.set_rng_state(content["cuda"], device)
+    return int(content["steps"])
+
+
 def _masking(mask: Mask, count: Kept, renormalize: bool) -> Any:
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        names = ("hidden_states", "top_k_index", "top_k_weights")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        weights_TK, experts_TK = given["top_k_weights"], given["top_k_index"]
-        falling_TK, order_TK = weights_TK.sort(1, descending=True)
-        sorted_TK = mask(given["hidden_states"], falling_TK).to(weights_TK)
-        mask_TK = torch.zeros_like(sorted_TK).scatter(1, order_TK, sorted_TK)
-        kept_TK = weights_TK * mask_TK
-        if renormalize:
-            smallest = torch.finfo(kept_TK.dtype).tiny  # of a token that keeps nothing, 0 stays 0
-            total_T1 = kept_TK.sum(1, keepdim=True).clamp(min=smallest)
-            kept_TK = kept_TK * (weights_TK.sum(1, keepdim=True) / total_T1)
-        given["top_k_weights"] = kept_TK
-        if not kept_TK.requires_grad:
-            experts = module.num_experts if isinstance(module, PackedExperts) else len(module.down_proj)
-            given["top_k_index"] = experts_TK.masked_fill(mask_TK == 0, experts)
+    def hook(bank: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        args, kwargs, mask_TK = mask_slots(bank, args, kwargs, mask, renormalize=renormalize)
         count.slots += mask_TK.numel()
         count.kept += int(mask_TK.detach().sum())
-        return (), given
+        return args, kwargs
 
     return hook

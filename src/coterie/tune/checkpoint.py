@@ -28,7 +28,7 @@ from coterie.hf import (
 from coterie.hf.calibration import read_tokenizer
 from coterie.hf.kept import identity, kept_folder, remove_kept
 from coterie.hf.progress import Show, showing
-from coterie.hf.save import bytes_on_disk, check_output
+from coterie.hf.save import bytes_on_disk, check_output, copy_side_files
 from coterie.tune.attribute import attribute_experts
 from coterie.tune.batch import Batch
 from coterie.tune.history import FORGET, Step
@@ -108,7 +108,7 @@ def unlearn_checkpoint(
         raise ValueError(f"seed={seed}; use 0 ≤ seed < 2**63")
     config = _check(folder, out, method, scope, experts, lr, stop_forget, dry_run)
     tokenizer = read_tokenizer(folder)
-    seq_len = min(seq_len, getattr(config, "max_position_embeddings", seq_len))
+    seq_len = min(seq_len, getattr(config, "max_position_embeddings", None) or seq_len)
     read = {"tokens": max_tokens, "length": seq_len, "vocab_size": config.vocab_size}
     ids = [calibration_ids(path, tokenizer, **read) for path in (forget, retain)]
     if torch.equal(*ids):
@@ -183,7 +183,7 @@ def unlearn_checkpoint(
         done.after = Known(predict(model, tested), predict(model, tested_kept), disk)
         _measure_speed(done, model, slices, original, [*tested, *tested_kept])
         show.say(f"writing {out}")
-        done = _write(done, model, tokenizer, out)
+        done = _write(done, model, out)
         if kept_at is not None:
             remove_kept(kept_at)
     return done
@@ -254,13 +254,12 @@ def _tell(show: Show, before: int, step: Step) -> None:
     show.step(f"step {step.step}: loss {step.forget:.3f} to forget, {step.retain:.3f} to keep{known}")
 
 
-def _write(done: Unlearned, model: PreTrainedModel, tokenizer: Any, out: Path) -> Unlearned:
+def _write(done: Unlearned, model: PreTrainedModel, out: Path) -> Unlearned:
     assert done.after is not None
     try:
         with written_whole(out) as draft:
             save(model, draft)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(draft)
+            copy_side_files(Path(done.source), draft)
             written = replace(done, out=str(out), after=replace(done.after, disk=bytes_on_disk(draft)))
             note = json.dumps(written.to_dict(), ensure_ascii=False, indent=1)
             (draft / NOTE).write_text(note + "\n", "utf-8")
