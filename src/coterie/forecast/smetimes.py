@@ -19,9 +19,10 @@ from coterie.forecast.backbone import TINY, Backbone, load_backbone, untrained_t
 from coterie.forecast.network import SMETimes, roll
 from coterie.forecast.prompts import Pool, Prompt, PromptEncoder
 from coterie.forecast.series import Series, later_times, read_series, steps_per_day
-from coterie.forecast.training import Trained, train
+from coterie.forecast.training import train
 from coterie.forecast.windows import Windows, repeat_last, spread_starts
 from coterie.models import load_estimator, save_estimator
+from coterie.train import EpochHistory
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -267,7 +268,7 @@ class SMETimesForecaster:
         estimator.time_col_, estimator.columns_ = learnt["time_col"], learnt["columns"]
         estimator.step_ = learnt["step"]
         estimator.mean_, estimator.deviation_ = np.array(learnt["mean"]), np.array(learnt["deviation"])
-        estimator.history_ = Trained(**learnt["history"])
+        estimator.history_ = EpochHistory(**learnt["history"])
         estimator._set_usage(np.array(learnt["usage"]))
         return estimator
 

@@ -13,7 +13,7 @@ from coterie.data import Events, TableEncoder, Vocabulary, check_columns, histor
 from coterie.data.ids import as_texts
 from coterie.models import load_estimator, save_estimator
 from coterie.recsys.aw_moe import AWMoE, GateKind, ranking_loss
-from coterie.recsys.training import train_epochs
+from coterie.recsys.training import train_on_rows
 
 try:
     from sklearn.base import BaseEstimator
@@ -124,7 +124,7 @@ class AWMoERanker(BaseEstimator):  # type: ignore[misc]
         history_BM, target_B = self._encode(log, self._past)
         users_B = torch.from_numpy(np.unique(self._past_users(log), return_inverse=True)[1])
         generator = torch.Generator().manual_seed(self.random_state)
-        self.loss_curve_ = train_epochs(
+        self.loss_curve_ = train_on_rows(
             self.model_,
             [history_BM, target_B, torch.from_numpy(label.astype(np.float32)), users_B],
             lambda batch: ranking_loss(
