@@ -29,10 +29,15 @@ def main() -> None:
         typer.echo(f"coterie: {error}", err=True)
         sys.exit(2)
     except ModuleNotFoundError as error:
-        if "pip install 'coterie[" not in str(error):  # not an extra, but a fault of ours
+        if not lacks_extra(error):
             raise
         typer.echo(f"coterie: {error}", err=True)
         sys.exit(2)
+
+
+def lacks_extra(error: ModuleNotFoundError) -> bool:
+    """Whether one of our extras is not installed; any other missing module is a fault of ours."""
+    return "pip install 'coterie[" in str(error)
 
 
 LOST = "nothing was written"

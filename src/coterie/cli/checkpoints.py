@@ -33,10 +33,11 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")] = False,
 ) -> None:
     """Say what each expert of a checkpoint does with some text; one layer is in memory at a time."""
-    from coterie.inspect import inspect, print_inspection, show_progress, write_page
+    from coterie.data import progress_shown
+    from coterie.inspect import inspect, print_inspection, write_page
 
-    with interruptible(LOST), show_progress() as progress:
-        found = inspect(model, text or [], tokens=tokens, chat=chat, progress=progress)
+    with interruptible(LOST), progress_shown():
+        found = inspect(model, text or [], tokens=tokens, chat=chat)
     if html:
         write_page(html, found, command="coterie " + " ".join(sys.argv[1:]))
     if json:
