@@ -131,7 +131,7 @@ def test_the_schedule_moves_after_every_step_and_batches_know_their_epoch():
 
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 / (1 + step))
     train_epochs(model, adam, batches, loss, epochs=2, schedule=schedule)
-    assert rates == [0.05 / (1 + step) for step in range(6)]
+    assert rates == [0.05 * (1 / (1 + step)) for step in range(6)]
     assert epochs == [0, 1]
 
 

@@ -18,7 +18,10 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Runs the command line. Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
+    """Runs the command line.
+
+    Exit codes: 0 done; 1 a check failed, or was left out for want of an extra; 2 bad input; 130 interrupted.
+    """
     # OpenMP's idle threads spin for milliseconds by default; beside another busy program that slows training
     # manifold. Microseconds are enough to catch the next operation.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
