@@ -41,4 +41,4 @@ class _Left(TimeRemainingColumn):
         """The caller's estimate of the time to go, or what the pace so far says."""
         if task.fields["left"]:
             return Text(f"{task.fields['left']} left", style="progress.remaining")
-        return super().render(task).append(" left")
+        return Text() if task.total is None else super().render(task).append(" left")
