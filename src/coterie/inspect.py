@@ -3,7 +3,6 @@
 import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 import coterie
+from coterie.data import counted
 from coterie.hf import (
     BlockRecord,
     Checkpoint,
@@ -78,9 +78,10 @@ def inspect(
     tokens: int = 4096,
     length: int = 512,
     chat: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Inspection:
     """Runs a checkpoint on text, one decoder layer in memory at a time, and says what its experts did.
+
+    Inside `coterie.data.progress_shown`, a bar counts the layers.
 
     Args:
         model: folder with config.json and safetensors.
@@ -88,7 +89,6 @@ def inspect(
         tokens: of each text, at most.
         length: of a sequence; the model's positions, if it has fewer.
         chat: see `coterie.hf.calibration_ids`.
-        progress: called with the number of blocks that are done, and of all.
 
     Raises ValueError if the model has no MoE blocks or cannot be streamed, or a text cannot be used.
     """
@@ -122,7 +122,8 @@ def inspect(
     kept: list[list[list[int]]] = [[] for _ in texts]
     # one sequence at a time: attention's memory grows with the batch
     batches = [batch for ids in ids_BS for batch in ids.split(1)]  # type: ignore[no-untyped-call]
-    for block, record in stream_records(checkpoint, batches):
+    records = stream_records(checkpoint, batches)
+    for block, record in counted(records, "layers", len(checkpoint.blocks)):
         parts = [_part(record, at, size) for at, size in _starts(sizes)]
         found.layers.append(_layer(block, record, parts, ids_T, name))
         found.blocks.append(block.name)
@@ -137,21 +138,8 @@ def inspect(
             weights.insert(end, [])
         passage.experts.append(experts)
         passage.weights.append(weights)
-        progress(len(found.blocks), len(checkpoint.blocks))
     found.overlap = [[overlap(some, others) for others in kept] for some in kept]
     return found
-
-
-@contextmanager
-def show_progress() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over blocks on standard error, if that is a terminal; yields `inspect`'s `progress`."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("layers", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_inspection(found: Inspection) -> None:

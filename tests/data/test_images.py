@@ -47,5 +47,5 @@ def test_scikit_learns_digits_are_whole():
 
 def test_without_scikit_learn_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"not installed: pip install 'coterie\[vision\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"not installed: pip install 'coterie\[vision\]'"):
         digits()

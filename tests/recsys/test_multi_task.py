@@ -3,7 +3,7 @@ import torch
 
 from coterie.recsys.levels import Bank, Gate, Level, adatt, home, ple
 from coterie.recsys.multi_task import PRESETS, MultiTaskMoE, expert_health
-from coterie.recsys.training import train_epochs
+from coterie.recsys.training import train_on_rows
 
 TASKS = {"click": "watch", "view": "watch", "like": "social", "follow": "social"}
 
@@ -146,9 +146,9 @@ def test_a_last_batch_of_one_row_joins_the_one_before():
         seen.append(len(batch[0]))
         return model(batch[0]).square().mean()
 
-    train_epochs(model, [torch.randn(9, 1)], loss, epochs=2, batch_size=4, lr=0.1, seed=0)
+    train_on_rows(model, [torch.randn(9, 1)], loss, epochs=2, batch_size=4, lr=0.1, seed=0)
     assert seen == [4, 5, 4, 5]
     with pytest.raises(ValueError, match="at least 2"):
-        train_epochs(model, [torch.randn(1, 1)], loss, epochs=1, batch_size=4, lr=0.1, seed=0)
-    with pytest.raises(ValueError, match="lower learning rate"):
-        train_epochs(model, [torch.full((4, 1), torch.inf)], loss, epochs=1, batch_size=4, lr=0.1, seed=0)
+        train_on_rows(model, [torch.randn(1, 1)], loss, epochs=1, batch_size=4, lr=0.1, seed=0)
+    with pytest.raises(ValueError, match="use a smaller lr"):
+        train_on_rows(model, [torch.full((4, 1), torch.inf)], loss, epochs=1, batch_size=4, lr=0.1, seed=0)

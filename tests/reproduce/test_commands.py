@@ -108,6 +108,50 @@ def test_all_runs_every_paper(coterie):
     assert [summary["slug"] for summary in json.loads(out)] == ["toy"]
 
 
+@pytest.fixture
+def without_scikit_learn(monkeypatch, paper):
+    """As where the extra is not installed, with a paper that needs it before the toy."""
+    from coterie.reproduce import home_mtl
+
+    files = {"home-mtl": Path(home_mtl.__file__), "toy": Path(toy.__file__)}
+    monkeypatch.setattr(experiment, "find_papers", lambda: files)
+    load = experiment.load
+    monkeypatch.setattr(running, "load", lambda slug: paper if slug == "toy" else load(slug))
+    monkeypatch.setitem(sys.modules, "sklearn.base", None)
+    for module in ("coterie.reproduce.home_mtl", "coterie.recsys.home_mtl"):
+        monkeypatch.delitem(sys.modules, module)
+
+
+def test_all_leaves_out_a_paper_whose_extra_is_missing_and_exits_with_1(coterie, without_scikit_learn):
+    status, out, err = coterie("reproduce", "--all", "--budget", "smoke")
+    assert status == 1
+    assert "of 4 claims" in out
+    assert Path("coterie-reproduce/toy.html").exists()
+    reason = "rankers need scikit-learn; install it with: pip install 'coterie[tables]'"
+    assert f"coterie: home-mtl was not run: {reason}\n" in err
+    assert err.endswith("coterie: 1 of 2 papers were not run: home-mtl\n")
+    _, out, _ = coterie("reproduce", "--all", "--budget", "smoke", "--json")
+    ran, left_out = json.loads(out)
+    assert ran["slug"] == "toy"
+    assert left_out == {"slug": "home-mtl", "not run": reason}
+
+
+def test_one_paper_whose_extra_is_missing_is_bad_input(coterie, without_scikit_learn):
+    status, out, err = coterie("reproduce", "home-mtl", "--budget", "smoke")
+    assert (status, out) == (2, "")
+    assert err == "coterie: rankers need scikit-learn; install it with: pip install 'coterie[tables]'\n"
+
+
+def test_all_does_not_hide_a_missing_module_that_is_no_extra(coterie, monkeypatch):
+    def gone(slug):
+        raise ModuleNotFoundError("No module named 'coterie.gone'")
+
+    monkeypatch.setattr(running, "load", gone)
+    monkeypatch.setattr(sys, "argv", ["coterie", "reproduce", "--all"])
+    with pytest.raises(ModuleNotFoundError, match=r"coterie\.gone"):
+        cli.main()
+
+
 def test_an_interrupted_run_exits_with_130_and_says_how_to_go_on(coterie, monkeypatch):
     monkeypatch.setenv("INTERRUPT", "b 0")
     status, out, err = coterie("reproduce", "toy")

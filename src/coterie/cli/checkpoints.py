@@ -34,8 +34,8 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")] = False,
 ) -> None:
     """Say what each expert of a checkpoint does with some text; one layer is in memory at a time."""
-    from coterie.data import check_writable
-    from coterie.inspect import inspect, print_inspection, show_progress, write_page
+    from coterie.data import check_writable, progress_shown
+    from coterie.inspect import inspect, print_inspection, write_page
 
     if html:
         check_writable(html)
@@ -43,8 +43,8 @@ def inspect(
             raise ValueError(
                 f"{html} is a folder; name a file for the page, such as {html / 'explorer.html'}"
             )
-    with interruptible(LOST), show_progress() as progress:
-        found = inspect(model, text or [], tokens=tokens, chat=chat, progress=progress)
+    with interruptible(LOST), progress_shown():
+        found = inspect(model, text or [], tokens=tokens, chat=chat)
     if html:
         write_page(html, found, command=_command())
     if json:

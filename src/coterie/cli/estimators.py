@@ -27,11 +27,11 @@ def fit(
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")] = False,
 ) -> None:
     """Fit one of the estimators to a table, and measure it on rows that were held out."""
-    from coterie.estimate import Columns
-    from coterie.estimate import fit as run
+    with interruptible(LOST):  # the imports, too, which take seconds
+        from coterie.estimate import Columns
+        from coterie.estimate import fit as run
 
-    columns = Columns(tuple(target or ()), time, group, item, sensitive, tuple(feature or ()))
-    with interruptible(LOST):
+        columns = Columns(tuple(target or ()), time, group, item, sensitive, tuple(feature or ()))
         described = run(system, data, out, columns, set or [])
     if json:
         echo_json(described)
@@ -48,9 +48,9 @@ def predict(
     out: Annotated[Path | None, typer.Option(help=".csv or .parquet. Default: CSV to the terminal.")] = None,
 ) -> None:
     """Predict the rows of a table with a fitted estimator."""
-    from coterie.estimate import predict as run
-
     with interruptible(LOST):
+        from coterie.estimate import predict as run
+
         rows = run(folder, data, out)
     if out:
         typer.echo(f"{rows} rows written to {out}")

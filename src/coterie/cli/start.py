@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from coterie.cli.app import RESUMES, app, echo_json, interruptible
+from coterie.cli.app import RESUMES, app, echo_json, interruptible, lacks_extra
 
 
 @app.command()
@@ -82,10 +82,11 @@ def reproduce(
 ) -> None:
     """Re-run a paper: its method beside its baselines, and a verdict on each of its claims.
 
-    Run it again after an interruption and it goes on arm by arm. Exit status 1: a claim does not hold.
+    Run it again after an interruption and it goes on arm by arm. With --all, a paper whose extra is not
+    installed is left out. Exit status 1: a claim does not hold, or --all has left out a paper.
     """
     from coterie.reproduce.experiment import find_papers
-    from coterie.reproduce.results import print_result
+    from coterie.reproduce.results import Result, print_result
     from coterie.reproduce.run import reproduce
 
     if (slug is None) != everything:
@@ -93,18 +94,29 @@ def reproduce(
     if everything and (data or arms):
         raise ValueError("--data and --arms belong to one paper; give its slug instead of --all")
     chosen = arms.split(",") if arms else []
-    results = []
+    results, left_out = list[Result](), dict[str, str]()
     for name in find_papers() if everything else [str(slug)]:
-        with interruptible(RESUMES):
-            result = reproduce(
-                name, budget=budget, seeds=seeds, first_seed=first_seed, data=data, arms=chosen, out=out
-            )
+        try:
+            with interruptible(RESUMES):
+                result = reproduce(
+                    name, budget=budget, seeds=seeds, first_seed=first_seed, data=data, arms=chosen, out=out
+                )
+        except ModuleNotFoundError as error:
+            if not (everything and lacks_extra(error)):
+                raise
+            left_out[name] = str(error)
+            typer.echo(f"coterie: {name} was not run: {error}\n", err=True)
+            continue
         results.append(result)
         if not json:
             print_result(result)
             typer.echo(f"report      {out / name}.html\nresults     {out / name}.json\n")
     if json:
         summaries = [result.summary() for result in results]
-        echo_json(summaries if everything else summaries[0])
-    if not all(result.holds for result in results):
+        missing = [{"slug": name, "not run": reason} for name, reason in left_out.items()]
+        echo_json([*summaries, *missing] if everything else summaries[0])
+    if left_out:
+        of = len(results) + len(left_out)
+        typer.echo(f"coterie: {len(left_out)} of {of} papers were not run: {', '.join(left_out)}", err=True)
+    if left_out or not all(result.holds for result in results):
         raise typer.Exit(1)

@@ -11,7 +11,7 @@ from coterie.data.images import digits, read_digits
 from coterie.data.impressions import Events, histories
 from coterie.data.panel import daily_features, forward_return, panel_frame, robust_zscore_by_day
 from coterie.data.panel_windows import PanelWindows, Split, purged_splits
-from coterie.data.progress import counted, progress_shown
+from coterie.data.progress import Shown, counted, progress_bar, progress_shown
 from coterie.data.stream import read_stream, records, stream_chunks
 from coterie.data.tables import TableEncoder, check_columns, import_pandas, read_table, table_chunks
 from coterie.data.text import ByteCorpus, ByteWindows
@@ -28,6 +28,7 @@ __all__ = [
     "DriftStream",
     "Events",
     "PanelWindows",
+    "Shown",
     "ShuffledBatches",
     "Span",
     "Split",
@@ -50,6 +51,7 @@ __all__ = [
     "led_drift",
     "mortgages",
     "panel_frame",
+    "progress_bar",
     "progress_shown",
     "purged_splits",
     "rbf_drift",

@@ -17,12 +17,12 @@ def digits() -> LabelledImages:
     0 … 9.
 
     Raises:
-        ValueError: scikit-learn is not installed.
+        ModuleNotFoundError: scikit-learn is not installed.
 
     Source: Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits (UCI), its test part.
     """
     if importlib.util.find_spec("sklearn") is None:
-        raise ValueError(
+        raise ModuleNotFoundError(
             "the digits come with scikit-learn, which is not installed: pip install 'coterie[vision]', or "
             "read the file optdigits.tes of UCI with read_digits"
         )

@@ -1,17 +1,16 @@
 """Training on a panel: a day is a batch, days are shuffled, the epoch with the best rank IC is kept."""
 
-import copy
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from coterie.data import PanelWindows, counted, import_pandas
+from coterie.data import PanelWindows, import_pandas
 from coterie.finance.backtest import daily_ic
 from coterie.finance.losses import LOSSES, standardised
 from coterie.nn import Routing, balance
+from coterie.train import train_epochs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,45 +74,35 @@ def train_by_day(
     Raises ValueError: an unknown loss, epochs or patience below 1, no day to learn from or to validate
     on, or a loss that is NaN or infinite.
     """
-    # a loop of its own: `coterie.train.fit` does not stop early, and reseeds the caller's random generators
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r}; use one of {', '.join(LOSSES)}")
-    if epochs < 1 or (patience is not None and patience < 1):
-        raise ValueError(f"epochs={epochs}, patience={patience}; should be at least 1")
     days = _usable_days(train)
     if not days:
         raise ValueError(
             f"no day to learn from among {len(train)}: each needs 5 instruments with a window and a label"
         )
-    history, optimizer = Epochs(days_skipped=len(train) - len(days)), torch.optim.Adam(model.parameters(), lr)
     generator = torch.Generator().manual_seed(seed)
-    best_ic, best = -math.inf, copy.deepcopy(model.state_dict())
-    for epoch in counted(range(epochs), "epochs"):
-        model.train()
-        total = 0.0
-        for place in torch.randperm(len(days), generator=generator).tolist():
-            x_NLF, y_N = train[days[place]]
-            known_N = y_N.isfinite()
-            label_N = standardised(y_N[known_N])
-            assert label_N is not None, "days that teach nothing were left out"
-            step = _day_loss(model(x_NLF[known_N]), label_N, loss, balance_weight, auxiliary_weight)
-            if not math.isfinite(value := step.item()):
-                raise ValueError(
-                    f"epoch {epoch + 1}: the loss became {value} on {train.days[days[place]]}; lower lr"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            step.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            total += value
-        history.loss.append(total / len(days))
-        history.valid_rank_ic.append(mean_rank_ic(model, valid))
-        if history.valid_rank_ic[-1] > best_ic:
-            history.best, best_ic, best = epoch, history.valid_rank_ic[-1], copy.deepcopy(model.state_dict())
-        if patience is not None and epoch - history.best >= patience:
-            break
-    model.load_state_dict(best)
-    model.eval()
-    return history
+
+    def day_loss(place: Tensor) -> tuple[Tensor, Tensor]:
+        x_NLF, y_N = train[days[int(place)]]
+        known_N = y_N.isfinite()
+        label_N = standardised(y_N[known_N])
+        assert label_N is not None, "days that teach nothing were left out"
+        total = _day_loss(model(x_NLF[known_N]), label_N, loss, balance_weight, auxiliary_weight)
+        return total, total.double()
+
+    history = train_epochs(
+        model,
+        torch.optim.Adam(model.parameters(), lr),
+        lambda epoch: torch.split(torch.randperm(len(days), generator=generator), 1),
+        day_loss,
+        epochs=epochs,
+        validate=lambda: -mean_rank_ic(model, valid),
+        patience=patience,
+    )
+    return Epochs(
+        history.loss, [-error for error in history.validation], history.best, len(train) - len(days)
+    )
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from coterie.forecast.backbone import TINY, load_backbone, untrained_tiny
-from coterie.forecast.training import Trained
 from coterie.models import load_estimator, save_estimator
+from coterie.train import EpochHistory
 
 if TYPE_CHECKING:
     from coterie.forecast.smetimes import SMETimesForecaster
@@ -59,6 +59,6 @@ def load(
     estimator.time_col_, estimator.columns_ = learnt["time_col"], learnt["columns"]
     estimator.step_ = learnt["step"]
     estimator.mean_, estimator.deviation_ = np.array(learnt["mean"]), np.array(learnt["deviation"])
-    estimator.history_ = Trained(**learnt["history"])
+    estimator.history_ = EpochHistory(**learnt["history"])
     estimator._set_usage(np.array(learnt["usage"]))
     return estimator

@@ -1,12 +1,10 @@
-"""Progress of a compression: a bar on a terminal, plain lines elsewhere, on standard error."""
+"""Progress of a compression: how many of its pieces are done, and which one is next."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from coterie.data import Shown, progress_bar
 
 
 @dataclass
@@ -14,8 +12,7 @@ class Show:
     """What `showing` yields."""
 
     total: int
-    bar: Progress | None
-    lines: bool
+    shown: Shown
     done: int = 0
     said: tuple[str, int] = ("", 0)
 
@@ -27,18 +24,15 @@ class Show:
     def say(self, text: str) -> None:
         """Says what happens; the same words again make a new line only when another tenth is done."""
         said = (text, 10 * self.done // max(self.total, 1))
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=self.done, description=text)
-        elif self.lines and said != self.said:
-            print(f"[{self.done}/{self.total}] {text}", file=sys.stderr)
+        self.shown.update(self.done, text)
+        if said != self.said:
+            self.shown.line(f"[{self.done}/{self.total}] {text}")
         self.said = said
 
     def note(self, text: str) -> None:
         """Says what should stay on the terminal, above the bar if there is one."""
-        if self.bar is not None:
-            self.bar.console.print(text, markup=False, highlight=False)
-        else:
-            self.say(text)
+        self.shown.line(f"[{self.done}/{self.total}] {text}")
+        self.shown.above(text)
 
 
 @contextmanager
@@ -50,16 +44,5 @@ def showing(total: int, show: bool | None = None) -> Iterator[Show]:
     >>> show.done
     1
     """
-    console = Console(stderr=True)
-    if show or (show is None and console.is_terminal):
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as bar:
-            bar.add_task("", total=total)
-            yield Show(total, bar, lines=False)
-    else:
-        yield Show(total, None, lines=show is None)
+    with progress_bar("", total, show=show) as shown:
+        yield Show(total, shown)

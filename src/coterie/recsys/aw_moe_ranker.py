@@ -14,7 +14,7 @@ from coterie.data.tables import as_texts
 from coterie.models import load_estimator, save_estimator
 from coterie.models.estimator import BaseEstimator, check_above, check_at_least
 from coterie.recsys.aw_moe import AWMoE, GateKind, ranking_loss
-from coterie.recsys.training import train_epochs
+from coterie.recsys.training import train_on_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,7 +120,7 @@ class AWMoERanker(BaseEstimator):  # type: ignore[misc]
         history_BM, target_B = self._encode(log, self._past)
         users_B = torch.from_numpy(np.unique(self._past_users(log), return_inverse=True)[1])
         generator = torch.Generator().manual_seed(self.random_state)
-        self.loss_curve_ = train_epochs(
+        self.loss_curve_ = train_on_rows(
             self.model_,
             [history_BM, target_B, torch.from_numpy(label.astype(np.float32)), users_B],
             lambda batch: ranking_loss(

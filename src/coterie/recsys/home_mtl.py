@@ -19,7 +19,7 @@ from coterie.models.estimator import BaseEstimator, check_above, check_at_least
 from coterie.recsys.labels import as_frame, binary_labels
 from coterie.recsys.metrics import masked_bce
 from coterie.recsys.multi_task import LevelOutput, MultiTaskMoE, Preset, expert_health
-from coterie.recsys.training import train_epochs
+from coterie.recsys.training import train_on_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,7 +105,7 @@ class MultiTaskMoEClassifier(BaseEstimator):  # type: ignore[misc]
             torch.manual_seed(self.random_state)
             self._build(categories)
         ids_TI, features_TD = self._encode(frame)
-        self.loss_curve_ = train_epochs(
+        self.loss_curve_ = train_on_rows(
             self.model_,
             [ids_TI, features_TD, labels_TK],
             lambda batch: masked_bce(self.model_(batch[0], batch[1])[0], batch[2]),

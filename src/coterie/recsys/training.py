@@ -1,14 +1,14 @@
-"""The training loop of the rankers."""
+"""Training of the rankers."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from coterie.data import counted
+from coterie.train import train_epochs
 
 
-def train_epochs(
+def train_on_rows(
     model: nn.Module,
     columns: Sequence[Tensor],
     loss: Callable[[Sequence[Tensor]], Tensor],
@@ -19,8 +19,6 @@ def train_epochs(
     seed: int,
 ) -> list[float]:
     """Adam over shuffled batches of a table that is in memory.
-
-    A ranker's step takes about a millisecond, and so would what `coterie.train.fit` does around one.
 
     Args:
         model: left in evaluation mode.
@@ -38,24 +36,19 @@ def train_epochs(
     rows = len(columns[0])
     if rows < 2:
         raise ValueError(f"{rows} rows to learn from; give at least 2")
+    sizes = [min(batch_size, rows - start) for start in range(0, rows, batch_size)]
+    if len(sizes) > 1 and sizes[-1] == 1:
+        sizes[-2:] = [batch_size + 1]
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    model.train()
-    losses = []
-    for _ in counted(range(epochs), "epochs"):
-        order, total = torch.randperm(rows, generator=generator), torch.zeros(())
-        starts = list(range(0, rows, batch_size))
-        if len(starts) > 1 and rows - starts[-1] == 1:
-            starts.pop()
-        for start, end in zip(starts, [*starts[1:], rows], strict=True):
-            batch = order[start:end]
-            value = loss([column[batch] for column in columns])
-            optimizer.zero_grad()
-            value.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            total += value.detach() * (end - start)
-        losses.append(total.item() / rows)
-        if not torch.isfinite(total):
-            raise ValueError(f"the loss became {total.item()}; use a lower learning rate than {lr:g}")
-    model.eval()
-    return losses
+
+    def batch_loss(batch: Tensor) -> tuple[Tensor, Tensor]:
+        value = loss([column[batch] for column in columns])
+        return value, value
+
+    return train_epochs(
+        model,
+        torch.optim.Adam(model.parameters(), lr=lr),
+        lambda epoch: torch.split(torch.randperm(rows, generator=generator), sizes),
+        batch_loss,
+        epochs=epochs,
+    ).loss

@@ -27,7 +27,7 @@ from coterie.nn import drop_elements
 from coterie.recsys.aw_moe import AWMoE, GateKind, ranking_loss
 from coterie.recsys.aw_moe_ranker import AWMoERanker
 from coterie.recsys.metrics import auc
-from coterie.recsys.training import train_epochs
+from coterie.recsys.training import train_on_rows
 from coterie.reproduce import Budget, Card, Claim, Plot, Values
 
 CARD = Card(
@@ -61,7 +61,7 @@ def run(seed: int, budget: Budget, data: Any, *, gate: GateKind, contrastive: fl
     hidden = 64 if gate == "one expert" else 32
     model = AWMoE(features, embedding=0, gate=gate, expert_hidden=hidden)
     generator = torch.Generator().manual_seed(seed)
-    train_epochs(
+    train_on_rows(
         model,
         [column[:cut] for column in rows],
         lambda batch: ranking_loss(model, *batch, contrastive=contrastive, generator=generator),

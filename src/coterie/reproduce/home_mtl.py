@@ -26,7 +26,7 @@ from coterie.nn import ExpertHealth
 from coterie.recsys.home_mtl import MultiTaskMoEClassifier
 from coterie.recsys.metrics import auc, masked_bce
 from coterie.recsys.multi_task import MultiTaskMoE, Preset, expert_health
-from coterie.recsys.training import train_epochs
+from coterie.recsys.training import train_on_rows
 from coterie.reproduce import Budget, Card, Claim, Plot, Values
 
 CARD = Card(
@@ -70,7 +70,7 @@ def run(seed: int, budget: Budget, data: Any, *, preset: Preset, hidden: int = 3
     x_TD, y_TK = behaviours(seed, rows + test)
     torch.manual_seed(seed)
     model = MultiTaskMoE.from_preset(preset, FEATURES, TASKS, hidden=hidden, **layout)
-    train_epochs(
+    train_on_rows(
         model,
         [x_TD[:rows], y_TK[:rows]],
         lambda batch: masked_bce(model(batch[0])[0], batch[1]),

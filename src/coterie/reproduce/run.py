@@ -20,7 +20,7 @@ from coterie.report.html import write_whole
 from coterie.reproduce.claims import BUDGETS, Budget, Outcome
 from coterie.reproduce.experiment import Arm, Experiment, Values, check_name, load
 from coterie.reproduce.page import write_page
-from coterie.reproduce.progress import ArmProgress
+from coterie.reproduce.progress import arm_progress
 from coterie.reproduce.results import Result
 
 
@@ -104,7 +104,7 @@ def measure_arms(
     values: dict[str, list[Values]] = {arm: [] for arm in arms}
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     work = [(arm, seed) for seed in seeds for arm in arms]
-    with ArmProgress(title, [arm for arm, _ in work], show=progress) as shown:
+    with arm_progress(title, [arm for arm, _ in work], show=progress) as shown:
         for arm, seed in work:
             shown.begin(arm, seed)
             kept = folder / arm / f"seed-{seed}.json"

@@ -1,14 +1,13 @@
-"""How a COMET mixture for tables is trained. Not `coterie.train.fit`, each of whose steps costs about what a
-step of models this small does."""
+"""How a COMET mixture for tables is trained."""
 
 import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from coterie.data import counted
 from coterie.nn import LearnedPermutation, MoE, balance, permutation_entropy
+from coterie.train import train_epochs
 
 _PERMUTATION_ENTROPY = 1e-4  # ζ of the paper
 _WORTH_IT = 1e-4  # an epoch that improves by less does not count as better
@@ -49,49 +48,38 @@ def train(
     held = order[: len(x_TD) // 10] if patience is not None and len(x_TD) >= 100 else order[:0]
     rows = order[len(held) :]
     permutations = [m for m in model.modules() if isinstance(m, LearnedPermutation)]
-    adam = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
-    curve: list[float] = []
-    best, best_state, since, searched = math.inf, None, 0, max(epochs // 10, 1)
-    for epoch in counted(range(epochs), "epochs"):
+    searched, errors = max(epochs // 10, 1), list[float]()
+
+    def batches(epoch: int) -> tuple[Tensor, ...]:
         _search(permutations, epoch / searched)
-        total = 0.0
-        shuffled = rows[torch.randperm(len(rows), generator=generator)]
-        for picked in torch.split(shuffled, batch_size):
-            output, routing = model(x_TD[picked])
-            error = loss(output, target_T[picked])
-            total += error.item() * len(picked)
-            error = error + entropy * balance.path_entropy([routing])
-            for permutation in permutations:
-                if not bool(permutation.hard):
-                    error = error + _PERMUTATION_ENTROPY * permutation_entropy(permutation.matrix())
-            adam.zero_grad()
-            torch.autograd.backward(error)
-            adam.step()
-        if not math.isfinite(total):
-            raise ValueError(f"the loss became {total} in epoch {epoch + 1}; use a smaller lr than {lr}")
-        curve.append(_error(model, x_TD[held], target_T[held], loss) if len(held) else total / len(rows))
-        if not len(held) or epoch < searched:  # a search is not over at its best epoch
-            continue
-        since += 1
-        if curve[-1] < best - _WORTH_IT:
-            best, since = curve[-1], 0
-            best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        if since >= (patience or epochs):
-            break
+        return torch.split(rows[torch.randperm(len(rows), generator=generator)], batch_size)
+
+    def step_loss(picked: Tensor) -> tuple[Tensor, Tensor]:
+        output, routing = model(x_TD[picked])
+        error = loss(output, target_T[picked])
+        total = error + entropy * balance.path_entropy([routing])
+        for permutation in permutations:
+            if not bool(permutation.hard):
+                total = total + _PERMUTATION_ENTROPY * permutation_entropy(permutation.matrix())
+        return total, error.double()
+
+    @torch.no_grad()
+    def held_out_error() -> float:
+        errors.append(loss(model(x_TD[held])[0], target_T[held]).item())
+        return errors[-1] if len(errors) > searched else math.inf  # a search is not over at its best epoch
+
+    history = train_epochs(
+        model,
+        torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True),
+        batches,
+        step_loss,
+        epochs=epochs,
+        validate=held_out_error if len(held) else None,
+        patience=patience,
+        min_delta=_WORTH_IT,
+    )
     _search(permutations, 1.0)
-    if best_state is not None:
-        model.load_state_dict(best_state)
-    return curve
-
-
-@torch.no_grad()
-def _error(
-    model: nn.Module, x_TD: Tensor, target_T: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
-) -> float:
-    model.eval()
-    error = loss(model(x_TD)[0], target_T).item()
-    model.train()
-    return error
+    return errors or history.loss
 
 
 def _search(permutations: list[LearnedPermutation], progress: float) -> None:

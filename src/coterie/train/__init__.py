@@ -1,6 +1,7 @@
 """One training loop on Hugging Face Accelerate, with what it needs: losses, schedules, callbacks."""
 
 from coterie.train.callbacks import Callback, Every, LossFreeBias, PermutationSearch, Run
+from coterie.train.epochs import EpochHistory, train_epochs
 from coterie.train.evaluate import evaluate
 from coterie.train.fit import fit
 from coterie.train.history import History
@@ -11,6 +12,7 @@ from coterie.train.schedule import cosine_with_warmup
 
 __all__ = [
     "Callback",
+    "EpochHistory",
     "Every",
     "History",
     "LossFn",
@@ -25,5 +27,6 @@ __all__ = [
     "evaluate",
     "fit",
     "language_model_loss",
+    "train_epochs",
     "weight_decay_groups",
 ]

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
 from torch import nn
 
 from coterie.train.history import History
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _RECORD = "run.json"  # written last: a folder without it is no checkpoint
 _KEEP = 2
@@ -31,7 +33,7 @@ class Checkpoints:
         identity: settings that make it this run, by name; see `run_identity`.
     """
 
-    accelerator: Accelerator
+    accelerator: "Accelerator"
     out: Path | None
     identity: dict[str, Any]
 

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import distributed, nn
 from torch.utils.data import Dataset, default_collate
 
@@ -38,6 +37,8 @@ def evaluate(
     >>> evaluate(nn.Identity(), [torch.tensor(1.0), torch.tensor(2.0)], square, batch_size=8)["loss"]
     2.5
     """
+    from accelerate.utils import send_to_device
+
     items = len(data)  # type: ignore[arg-type]
     if items == 0 or batch_size < 1 or (batches is not None and batches < 1):
         raise ValueError(

@@ -6,11 +6,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,9 +20,12 @@ from coterie.train.history import History
 from coterie.train.interrupt import FinishOnInterrupt
 from coterie.train.losses import LossFn, language_model_loss
 from coterie.train.optimizer import adamw
-from coterie.train.progress import TrainingProgress
+from coterie.train.progress import training_progress
 from coterie.train.schedule import cosine_with_warmup
 from coterie.train.totals import Sums, Totals
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def fit(
@@ -106,6 +107,9 @@ def fit(
     >>> history.step, history.tokens
     ([1, 2, 3], [64, 64, 64])
     """
+    from accelerate import Accelerator  # half a second, which `train_epochs` does not need
+    from accelerate.utils import set_seed
+
     _check(steps, batch_size, accumulate, eval_every, save_every, minutes)
     begun, loss, training = time.perf_counter(), loss or language_model_loss(), model.training
     warmup = steps // 20 if warmup_steps is None else warmup_steps
@@ -123,7 +127,7 @@ def fit(
     batches.start_step, before = history.steps, history.wall_seconds
     stream = _micro_batches(data, batches, accelerator.device)
     show = progress if accelerator.is_main_process else False
-    shown = TrainingProgress(history, steps, show=show, bits_label=bits_label)
+    progress_bar = training_progress(history, steps, show=show, bits_label=bits_label)
 
     def out_of_time() -> bool:
         history.wall_seconds = before + time.perf_counter() - begun
@@ -132,7 +136,7 @@ def fit(
     history.stopped_early = history.steps < steps and minutes is not None and before >= 60 * minutes
     wrapped.train()
     try:
-        with FinishOnInterrupt() as interrupt, shown:
+        with FinishOnInterrupt() as interrupt, progress_bar as show_step:
             while history.steps < steps and not (history.interrupted or history.stopped_early):
                 start = time.perf_counter()
                 rate = lr * cosine_with_warmup(history.steps, steps, warmup=warmup, min_ratio=min_lr_ratio)
@@ -146,7 +150,7 @@ def fit(
                 _record(history, totals, rate, time.perf_counter() - start)
                 for callback in callbacks:
                     callback.on_step(_run(model, adam, history.steps, steps, totals))
-                shown.update()
+                show_step()
 
                 done = history.steps == steps
                 history.interrupted, history.stopped_early = (bool(v) and not done for v in totals.votes)
@@ -199,6 +203,8 @@ def _begin(checkpoints: Checkpoints, resume: bool, steps: int, label: str, main:
 
 
 def _micro_batches(data: Dataset[Any], batches: ShuffledBatches, device: torch.device) -> Iterator[Any]:
+    from accelerate.utils import send_to_device
+
     # a generator of its own: DataLoader would draw from torch's and shift a resumed run's random numbers
     loader = DataLoader(data, batch_sampler=batches, generator=torch.Generator())
     for batch in loader:
@@ -206,7 +212,7 @@ def _micro_batches(data: Dataset[Any], batches: ShuffledBatches, device: torch.d
 
 
 def _backward(
-    accelerator: Accelerator, model: nn.Module, loss: LossFn, stream: Iterator[Any], accumulate: int
+    accelerator: "Accelerator", model: nn.Module, loss: LossFn, stream: Iterator[Any], accumulate: int
 ) -> Sums:
     """Gradients of one step: the mean over its micro-batches, reduced over processes with the last one."""
     sums = Sums()
@@ -220,7 +226,7 @@ def _backward(
 
 
 def _clip(
-    accelerator: Accelerator,
+    accelerator: "Accelerator",
     model: nn.Module,
     grad_clip: float | None,
     loss: float,
