@@ -21,7 +21,7 @@ from rich.table import Table
 from coterie.kernels import native
 from coterie.kernels.dispatch import sort_by_expert
 from coterie.nn import Routing, SwiGLUExperts
-from coterie.shrink import QuantizedExperts
+from coterie.shrink import quantize_bank
 
 # name: experts E, experts per token K, width D, hidden F
 SHAPES = {"8×3584 top-2": (8, 2, 1024, 3584), "64×512 top-8": (64, 8, 1024, 512)}
@@ -64,7 +64,7 @@ def make_banks(name: str, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
     torch.manual_seed(0)
     experts, _, dim, hidden = SHAPES[name]
     bank = SwiGLUExperts(experts, dim, hidden).requires_grad_(False)
-    banks = {f"{bits} bits": QuantizedExperts.from_bank(bank, bits, group_size=GROUP_SIZE) for bits in BITS}
+    banks = {f"{bits} bits": quantize_bank(bank, bits, group_size=GROUP_SIZE) for bits in BITS}
     return {str(dtype).removeprefix("torch."): bank.to(dtype)} | banks
 
 

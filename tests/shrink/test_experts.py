@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from coterie.nn import LinearScore, MLPExperts, MoE, Router, Routing, SwiGLUExperts, TopK
-from coterie.shrink import HessianMean, QuantizedExperts, awq, gptq
+from coterie.nn import LinearScore, MLPExperts, MoE, QuantizedExperts, Router, Routing, SwiGLUExperts, TopK
+from coterie.shrink import HessianMean, awq, gptq, quantize_bank
 
 
 def mixture(bank):
@@ -24,7 +24,7 @@ def test_a_layer_with_8_bits_computes_almost_what_it_did(kind, bias):
     x = torch.randn(3, 7, 32)
     with torch.no_grad():
         before, routing = moe(x)
-        moe.experts = QuantizedExperts.from_bank(moe.experts, bits=8, group_size=32)
+        moe.experts = quantize_bank(moe.experts, bits=8, group_size=32)
         after, same = moe(x)
     assert torch.equal(routing.experts, same.experts)
     assert float((after - before).norm() / before.norm()) < 0.02
@@ -33,7 +33,7 @@ def test_a_layer_with_8_bits_computes_almost_what_it_did(kind, bias):
 def test_each_expert_has_its_own_bits_and_more_of_them_err_less():
     bank = SwiGLUExperts(5, 64, 64)
     factors = (1.0, 0.9, 0.8, 0.7, 0.6)  # without, two bits waste a level on each group's largest weight
-    small = QuantizedExperts.from_bank(bank, bits=[1, 2, 3, 4, 8], group_size=32, factors=factors)
+    small = quantize_bank(bank, bits=[1, 2, 3, 4, 8], group_size=32, factors=factors)
     x, errors = torch.randn(40, 64), []
     for e in range(5):
         routing = Routing.dense(torch.eye(5)[e].expand(40, 5))
@@ -44,14 +44,14 @@ def test_each_expert_has_its_own_bits_and_more_of_them_err_less():
 
 
 def test_bytes_are_those_of_codes_scales_and_zeros():
-    small = QuantizedExperts.from_bank(SwiGLUExperts(4, 128, 256), bits=[2, 2, 4, 4], group_size=64)
+    small = quantize_bank(SwiGLUExperts(4, 128, 256), bits=[2, 2, 4, 4], group_size=64)
     weights = 3 * 128 * 256
     assert small.nbytes == 2 * weights * (2 + 4) // 8 + 4 * (weights // 64) * (2 + 1)
 
 
 def test_a_bank_survives_safetensors_bit_for_bit(tmp_path):
     bank = SwiGLUExperts(3, 40, 50, bias=True)
-    small = QuantizedExperts.from_bank(bank, bits=[1, 3, 4], group_size=32)
+    small = quantize_bank(bank, bits=[1, 3, 4], group_size=32)
     save_file(small.state_dict(), tmp_path / "bank.safetensors", {"layout": json.dumps(small.layout())})
     from safetensors import safe_open
 
@@ -66,7 +66,7 @@ def test_a_bank_survives_safetensors_bit_for_bit(tmp_path):
 
 
 def test_casting_the_model_keeps_what_the_codes_mean():
-    moe = mixture(QuantizedExperts.from_bank(MLPExperts(4, 32, 48, bias=False), bits=3, group_size=32))
+    moe = mixture(quantize_bank(MLPExperts(4, 32, 48, bias=False), bits=3, group_size=32))
     before = moe.experts.packed().w_in[0].dequantize()
     moe.double()
     assert moe.experts.scales.dtype == torch.bfloat16
@@ -75,7 +75,7 @@ def test_casting_the_model_keeps_what_the_codes_mean():
 
 
 def test_other_weights_loaded_into_a_bank_that_has_run_are_used():
-    bank, other = (QuantizedExperts.from_bank(SwiGLUExperts(2, 32, 32), bits=4) for _ in range(2))
+    bank, other = (quantize_bank(SwiGLUExperts(2, 32, 32), bits=4) for _ in range(2))
     x, routing = torch.randn(3, 32), Routing.dense(torch.rand(3, 2))
     bank(x, routing)
     for assign in (False, True):
@@ -109,12 +109,12 @@ def test_calibrated_experts_err_less_than_rounded_ones_at_the_layers_output():
         with torch.no_grad():
             exact = bank(calibration, routing)
             careful = QuantizedExperts(w_in, w_out)(calibration, routing)
-            simple = QuantizedExperts.from_bank(bank, bits=3, group_size=32)(calibration, routing)
+            simple = quantize_bank(bank, bits=3, group_size=32)(calibration, routing)
         assert (careful - exact).norm() < (0.8 if method == "gptq" else 1.0) * (simple - exact).norm()
 
 
 def test_a_compiled_layer_and_one_under_autocast_compute_the_same():
-    moe = mixture(QuantizedExperts.from_bank(SwiGLUExperts(4, 32, 48, bias=True), bits=4))
+    moe = mixture(quantize_bank(SwiGLUExperts(4, 32, 48, bias=True), bits=4))
     x = torch.randn(5, 32)
     with torch.no_grad():
         expected = moe(x)[0]
@@ -127,7 +127,7 @@ def test_a_compiled_layer_and_one_under_autocast_compute_the_same():
 
 def test_wrong_counts_are_refused():
     with pytest.raises(ValueError, match="3 bit widths for 4 experts"):
-        QuantizedExperts.from_bank(SwiGLUExperts(4, 32, 32), bits=[2, 3, 4])
-    small = QuantizedExperts.from_bank(SwiGLUExperts(4, 32, 32), bits=2)
+        quantize_bank(SwiGLUExperts(4, 32, 32), bits=[2, 3, 4])
+    small = quantize_bank(SwiGLUExperts(4, 32, 32), bits=2)
     with pytest.raises(ValueError, match="over 3 experts but the bank holds 4"):
         small(torch.randn(2, 32), Routing.dense(torch.rand(2, 3)))

@@ -9,8 +9,8 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GptOssConfig, 
 
 from coterie.hf import find_moe_blocks
 from coterie.kernels import ClampedSwiGLU
+from coterie.nn import QuantizedExperts
 from coterie.shrink import (
-    QuantizedExperts,
     awq,
     block_inputs,
     gptq,

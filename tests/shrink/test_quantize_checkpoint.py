@@ -1,6 +1,7 @@
 """coterie quantize: what it writes, what it foretells, what it refuses."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -10,8 +11,8 @@ from tiny_models import grouped, mixtral, tiny
 from transformers import AutoTokenizer, Gemma4ForCausalLM, Gemma4TextConfig, LlamaConfig, LlamaForCausalLM
 
 from coterie import cli
-from coterie.hf import bytes_on_disk, find_moe_blocks, load, stream_layers
-from coterie.shrink import load_packed, perplexity, rounding, save_packed
+from coterie.hf import bytes_on_disk, find_moe_blocks, load, outline, stream_layers
+from coterie.shrink import perplexity, rounding, save_packed
 from coterie.shrink import quantize_checkpoint as quantizing
 from coterie.shrink.calibrate import batches, held_out, read_text
 from coterie.shrink.quantize_block import CLIPPING, SEARCH, quantize_block
@@ -58,7 +59,7 @@ def test_what_is_written_reads_back_and_is_what_was_measured(coterie, checkpoint
     for line in ("model.layers.1.mlp: experts by bits: ", "model.layers.1.mlp: rounded", f"writing {out}"):
         assert line in err
     assert all(speed > 0 for speed in done["speed"])
-    model = load_packed(out)
+    model = load(out)
     assert type(model) is type(load(checkpoint))
     banks = [layer.mlp.experts.packed for layer in model.model.layers]
     assert [bank.bits for bank in banks] == list(done["bits"].values())
@@ -200,9 +201,7 @@ def test_what_was_kept_for_other_settings_is_not_used(coterie, checkpoint, texts
         patched.setattr(quantizing, "_write", interrupt)
         assert coterie("quantize", checkpoint, *arguments, "--bits", 4)[0] == 130
     assert coterie("quantize", checkpoint, *arguments, "--bits", 3, "--json")[0] == 0
-    assert {
-        b for layer in load_packed(tmp_path / "out").model.layers for b in layer.mlp.experts.packed.bits
-    } == {3}
+    assert {b for layer in load(tmp_path / "out").model.layers for b in layer.mlp.experts.packed.bits} == {3}
 
 
 @pytest.mark.parametrize(
@@ -264,7 +263,7 @@ def test_one_budget_for_the_model_gives_layers_what_their_experts_need(coterie, 
         for text in (printed, page):
             assert f"{average:.2f}" in text
             assert "".join(map(str, model["bits"][name])) in text
-    banks = [block.mlp.experts.packed for block in load_packed(tmp_path / "out").model.layers]
+    banks = [block.mlp.experts.packed for block in load(tmp_path / "out").model.layers]
     assert [bank.bits for bank in banks] == list(model["bits"].values())
 
 
@@ -299,9 +298,7 @@ def test_other_text_to_test_on_leaves_all_of_the_calibration_text_to_calibrate_o
     )
     assert done["calibration_tokens"] == sum(map(len, seen))
     assert done["heldout_tokens"] == sum(map(len, tested))
-    expected = [
-        perplexity(model, batches(tested)) for model in (load(checkpoint), load_packed(tmp_path / "out"))
-    ]
+    expected = [perplexity(model, batches(tested)) for model in (load(checkpoint), load(tmp_path / "out"))]
     assert done["perplexity"] == pytest.approx(expected)
 
 
@@ -316,7 +313,7 @@ def test_affinity_with_gptq_is_moequant_but_for_its_routers(checkpoint, texts, t
 
 
 def same_tensors(folder, other):
-    first, second = (load_packed(f).state_dict() for f in (folder, other))
+    first, second = (load(f).state_dict() for f in (folder, other))
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
@@ -331,18 +328,28 @@ def small(tmp_path_factory, _checkpoint):
     return folder / "model"
 
 
-def test_the_two_loaders_refuse_each_others_folders(checkpoint, small):
-    with pytest.raises(ValueError, match=r"are packed; coterie\.shrink\.load_packed loads it"):
-        load(small)
-    with pytest.raises(ValueError, match="experts are not packed"):
-        load_packed(checkpoint)
+def test_a_packed_folder_loads_without_the_room_that_packed_it(small):
+    code = f"""
+import sys, torch
+from coterie.hf import load
+print(load({str(small)!r})(torch.arange(9)[None]).logits.sum().item(), "coterie.shrink" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = load(small)(torch.arange(9)[None]).logits.sum().item()
+    assert done.stdout.split() == [str(expected), "False"]
+
+
+def test_packed_experts_cannot_be_edited_and_others_not_saved_as_packed(checkpoint, small):
+    with pytest.raises(ValueError, match="are packed, and cannot be edited"):
+        outline(small)
     model = load(checkpoint)
     with pytest.raises(ValueError, match="no block of Qwen3MoeForCausalLM is packed"):
         save_packed(model, find_moe_blocks(model), small.parent / "other")
 
 
 def test_packed_weights_keep_their_dtypes_in_a_model_of_another(small):
-    model = load_packed(small, dtype=torch.bfloat16)
+    model = load(small, dtype=torch.bfloat16)
     bank = model.model.layers[0].mlp.experts.packed
     assert bank.scales.dtype == torch.bfloat16
     assert model.model.embed_tokens.weight.dtype == torch.bfloat16
@@ -359,12 +366,12 @@ def test_damage_is_named(small, tmp_path):
         return folder
 
     with pytest.raises(ValueError, match=r"coterie-packed\.json is damaged"):
-        load_packed(damaged("a", "coterie-packed.json", "{"))
+        load(damaged("a", "coterie-packed.json", "{"))
     with pytest.raises(ValueError, match="version 2; this coterie reads version 1"):
-        load_packed(damaged("b", "coterie-packed.json", '{"version": 2}'))
+        load(damaged("b", "coterie-packed.json", '{"version": 2}'))
     folder = damaged("c", "note", "")
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.experts.packed.codes"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 of the model's tensors, such as .*packed\.codes"):
-        load_packed(folder)
+        load(folder)

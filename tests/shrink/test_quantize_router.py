@@ -12,7 +12,6 @@ from coterie.report.quantized import print_quantized
 from coterie.shrink import (
     block_inputs,
     gptq,
-    load_packed,
     pack_block,
     quantize_block,
     quantize_router,
@@ -113,7 +112,7 @@ def test_moequant_rounds_the_router_first_and_experts_on_what_that_sends_them(
     options = {"bits": 3, "calib": texts[:1], "method": "moequant", "group_size": 32, "progress": False}
     done = quantize_checkpoint(checkpoint, tmp_path / "out", stream=stream, **options)
     assert done.router_bits == 3
-    small, model = load_packed(tmp_path / "out"), load(checkpoint)
+    small, model = load(tmp_path / "out"), load(checkpoint)
     ids = calibration(checkpoint, texts[0])
     for block, layer in zip(find_moe_blocks(model), small.model.layers, strict=True):
         x_TD = block_inputs(model, block, ids)  # of a model whose blocks before are rounded
@@ -153,8 +152,8 @@ def test_routers_come_back_from_disk_bit_for_bit_in_the_bytes_they_had(texts, tm
     assert rounded.memory == left.memory
     print_quantized(rounded)
     assert "bits of the routers, in bytes as before" in capsys.readouterr().out
-    model, before = load(tmp_path / "model", dtype=dtype), load_packed(tmp_path / "left", dtype=dtype)
-    again = load_packed(tmp_path / "rounded", dtype=dtype)
+    model, before = load(tmp_path / "model", dtype=dtype), load(tmp_path / "left", dtype=dtype)
+    again = load(tmp_path / "rounded", dtype=dtype)
     block = find_moe_blocks(model)[0]
     rows = quantize_router(
         block, block_inputs(model, block, calibration(tmp_path / "model", texts[0])), 4, group_size=32

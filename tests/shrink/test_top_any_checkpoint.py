@@ -25,7 +25,7 @@ from coterie.hf import (
     unmasked,
 )
 from coterie.hf.top_any import MASKS
-from coterie.shrink import load_packed, pack_block, save_packed, top_any, train_top_any
+from coterie.shrink import pack_block, save_packed, top_any, train_top_any
 from coterie.shrink import top_any_checkpoint as job
 from coterie.shrink.quantize_block import quantize_block
 from coterie.shrink.quantize_checkpoint import quantize_checkpoint
@@ -131,7 +131,7 @@ def test_a_packed_one_too(checkpoint, tmp_path, model):
     place_masks(model, masks, renormalize=True)
     assert torch.equal(logits(model), expected)
     save_packed(model, blocks, tmp_path / "masked")
-    again = load_packed(tmp_path / "masked")
+    again = load(tmp_path / "masked")
     assert torch.equal(logits(again), expected)
     assert masks_of(again).keys() == masks.keys()
 
@@ -215,12 +215,10 @@ def test_a_quantized_checkpoint_can_be_masked(packed):
     done, out, small = packed
     assert done.packed
     assert done.share() < 1
-    model = load_packed(out)
+    model = load(out)
     with unmasked(model):
-        assert torch.equal(logits(model), logits(load_packed(small)))
-    assert not torch.equal(logits(model), logits(load_packed(small)))
-    with pytest.raises(ValueError, match="load_packed loads it"):
-        load(out)
+        assert torch.equal(logits(model), logits(load(small)))
+    assert not torch.equal(logits(model), logits(load(small)))
 
 
 def test_a_dry_run_finds_the_same_and_writes_nothing(coterie, checkpoint, plain, text, tmp_path):
@@ -279,7 +277,7 @@ def test_bad_folders_are_refused(coterie, checkpoint, text, tmp_path, monkeypatc
         (checkpoint, taken, text, "taken exists already"),
         (checkpoint, checkpoint, text, "is the folder the model came from"),
         (checkpoint, out, tmp_path / "none.txt", "none.txt does not exist"),
-        (tmp_path / "nowhere", out, text, "nowhere has no config.json"),
+        (tmp_path / "nowhere", out, text, "nowhere does not exist"),
     ]:
         status, _, err = coterie("top-any", folder, "--calib", calib, "--out", place)
         assert status == 2

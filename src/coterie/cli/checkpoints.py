@@ -262,7 +262,7 @@ def quantize(
 ) -> None:
     """Store the experts in few bits; compare bytes, perplexity and speed before and after.
 
-    The new folder is read by coterie.shrink.load_packed. Run it again after an interruption and it goes on
+    The new folder is read by coterie.hf.load. Run it again after an interruption and it goes on
     after the last block that was done.
     """
     from coterie.report.quantized import print_quantized, write_quantized_page

@@ -46,8 +46,8 @@ def top_any(
 ) -> None:
     """Train masks that let each token use fewer experts; compare before and after.
 
-    The weights stay as they are. coterie.hf.load reads the new folder (coterie.shrink.load_packed, if experts
-    are packed). Run it again after an interruption and training goes on.
+    The weights stay as they are. coterie.hf.load reads the new folder. Run it again after an interruption and
+    training goes on.
     """
     from coterie.report.top_any import print_masked, write_masked_page
     from coterie.shrink.top_any_checkpoint import top_any_checkpoint

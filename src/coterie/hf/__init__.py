@@ -6,6 +6,7 @@ from coterie.hf.checkpoint import Checkpoint
 from coterie.hf.experts import experts_forward, register
 from coterie.hf.layout import BankLayout, BlockLayout, block_layout
 from coterie.hf.load import check_files, load, outline
+from coterie.hf.packed import PackedExperts
 from coterie.hf.record import BlockRecord, recording
 from coterie.hf.rewrite import Writer, rewriting, save_pruned
 from coterie.hf.routings import route
@@ -22,6 +23,7 @@ __all__ = [
     "Checkpoint",
     "ExpertTensors",
     "MoEBlock",
+    "PackedExperts",
     "PrefixMask",
     "RouterTensors",
     "Writer",

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 
 from coterie.hf.blocks import find_moe_blocks
+from coterie.hf.packed import check_dtypes, with_packed
 from coterie.hf.save import MANIFEST, PACKED
 from coterie.hf.top_any import MASKS, check_unmasked, read_masks
 
@@ -25,16 +26,18 @@ def load(folder: Path | str, **options: Any) -> PreTrainedModel:
         folder: with config.json and safetensors.
         options: those of `from_pretrained`, such as dtype, device_map, experts_implementation.
 
-    Returns the model, in evaluation mode, of the class that config.json names. Masks of experts per token
-    that the folder holds, as `coterie top-any` writes them, are in place.
+    Returns the model, in evaluation mode, of the class that config.json names. Experts in few bits, as
+    `coterie quantize` writes them, stay packed; masks of experts per token, as `coterie top-any` writes them,
+    are in place.
 
-    Raises ValueError if a file is missing or damaged, the class is not one of transformers, the tensors are
-    not those that config.json asks for, or the experts are packed.
+    Raises ValueError if a file is missing or damaged, the class is not one of transformers, or the tensors
+    are not those that config.json asks for.
     """
     folder = Path(folder)
     check_files(folder)
-    _check_unpacked(folder)
-    built = model_class(folder)
+    built = base = model_class(folder)
+    if (folder / PACKED).exists():
+        built = with_packed(base, folder / PACKED)
     model: PreTrainedModel
     # transformers' own error for shapes is a table in the log; with this it returns them
     options = {"ignore_mismatched_sizes": True, **options}
@@ -45,7 +48,8 @@ def load(folder: Path | str, **options: Any) -> PreTrainedModel:
     if missing:  # transformers would leave them at random values
         raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors, such as {missing[0]}")
     if (folder / MANIFEST).exists():
-        model.__class__ = built.__base__
+        model.__class__ = base.__base__
+    check_dtypes(model)
     read_masks(folder, model)
     return model
 
@@ -111,7 +115,10 @@ def read_editable(folder: Path | str, *, packed: bool = False) -> Any:
 
 def _check_unpacked(folder: Path) -> None:
     if (folder / PACKED).exists():
-        raise ValueError(f"the experts in {folder} are packed; coterie.shrink.load_packed loads it")
+        raise ValueError(
+            f"the experts in {folder} are packed, and cannot be edited; work on the checkpoint that it was "
+            "made from"
+        )
 
 
 def check_files(folder: Path | str) -> None:

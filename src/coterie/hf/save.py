@@ -15,7 +15,7 @@ from coterie.hf.top_any import masks_of, unmasked, write_masks
 
 Format = Literal["transformers", "coterie"]
 MANIFEST = "coterie.json"
-PACKED = "coterie-packed.json"  # beside it where experts are packed: `coterie.shrink.load_packed` reads both
+PACKED = "coterie-packed.json"  # beside it where experts are packed: `coterie.hf.load` reads both
 MASK = "kept_experts.json"  # of a checkpoint that was pruned: which experts of its source those are
 
 # What a new checkpoint has of its own; weights in other formats would be those of the model before the edit.

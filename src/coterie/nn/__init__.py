@@ -24,6 +24,7 @@ from coterie.nn.monitor import Monitor, StabilityTracker, expert_overlap, fluctu
 from coterie.nn.multi_gate import MaskedGates, MultiGateMoE
 from coterie.nn.normalized_experts import NormalizedExperts
 from coterie.nn.permutation import LearnedPermutation, PermuteLabels, permutation_entropy
+from coterie.nn.quantized_experts import QuantizedExperts
 from coterie.nn.router_wrappers import LimitCapacity, MaskSlots, SequenceRouter
 from coterie.nn.routers import (
     AnyRouter,
@@ -95,6 +96,7 @@ __all__ = [
     "PermuteLabels",
     "PlainResidual",
     "PreviousLogits",
+    "QuantizedExperts",
     "RandomRouter",
     "ReferenceExpert",
     "RemapScores",

@@ -25,7 +25,7 @@ def print_quantized(quantized: "Quantized") -> None:
     if dry:
         print("\nThis was a dry run: nothing was written, and no loss was measured.")
     else:
-        print(f"\nwritten to {quantized.out}; coterie.shrink.load_packed reads it")
+        print(f"\nwritten to {quantized.out}; coterie.hf.load reads it")
 
 
 def write_quantized_page(path: str | os.PathLike[str], quantized: "Quantized") -> Path:

@@ -30,8 +30,7 @@ def print_masked(masked: "Masked") -> None:
     if masked.out is None:
         print("\nThis was a dry run: nothing was written, and speed was not measured.")
         return
-    loader = "coterie.shrink.load_packed" if masked.packed else "coterie.hf.load"
-    print(f"\nwritten to {masked.out}; {loader} reads it" + ("" if masked.packed else f"; {IGNORED}"))
+    print(f"\nwritten to {masked.out}; coterie.hf.load reads it" + ("" if masked.packed else f"; {IGNORED}"))
 
 
 def write_masked_page(path: str | os.PathLike[str], masked: "Masked") -> Path:

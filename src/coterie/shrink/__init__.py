@@ -2,7 +2,6 @@
 
 from coterie.kernels import PackedWeight
 from coterie.shrink.dern import Recombined, dern
-from coterie.shrink.experts import QuantizedExperts
 from coterie.shrink.gptq import HessianMean, gptq
 from coterie.shrink.importance import IMPORTANCE, gating, importance, kept_experts, mixed, overlap
 from coterie.shrink.knapsack import cheapest_choices
@@ -10,8 +9,8 @@ from coterie.shrink.mask import load_mask, save_mask
 from coterie.shrink.mc_sharp import ExpertStatistics, allocate_bits, allocate_model_bits, expert_statistics
 from coterie.shrink.measure import Sizes, perplexity, sizes
 from coterie.shrink.merge import m_smoe
-from coterie.shrink.packed_blocks import PackedExperts, pack_block
-from coterie.shrink.packed_checkpoint import load_packed, save_packed
+from coterie.shrink.packed_blocks import pack_block
+from coterie.shrink.packed_checkpoint import save_packed
 from coterie.shrink.protect import Attention, attention_received, protected
 from coterie.shrink.prune import (
     METHODS,
@@ -24,6 +23,7 @@ from coterie.shrink.prune import (
     restored,
 )
 from coterie.shrink.quantize import awq, rtn
+from coterie.shrink.quantize_bank import quantize_bank
 from coterie.shrink.quantize_block import quantize_block, quantize_router
 from coterie.shrink.routed import RoutedTokens, block_inputs, routed_tokens
 from coterie.shrink.self_text import SelfText, ebss, self_sample
@@ -45,10 +45,8 @@ __all__ = [
     "ExpertStatistics",
     "HessianMean",
     "Kept",
-    "PackedExperts",
     "PackedWeight",
     "PrefixMask",
-    "QuantizedExperts",
     "Recombined",
     "RoutedTokens",
     "SelfText",
@@ -72,7 +70,6 @@ __all__ = [
     "kept_experts",
     "least_output_error",
     "load_mask",
-    "load_packed",
     "m_smoe",
     "mixed",
     "no_reroute",
@@ -82,6 +79,7 @@ __all__ = [
     "protected",
     "prune",
     "pruned",
+    "quantize_bank",
     "quantize_block",
     "quantize_router",
     "random_mask",

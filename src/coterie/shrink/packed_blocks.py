@@ -13,38 +13,12 @@ from transformers import PreTrainedModel
 
 from coterie.hf import MoEBlock
 from coterie.hf.experts import fused_activation
+from coterie.hf.packed import PackedExperts, set_bank
 from coterie.hf.top_any import masks_of
-from coterie.kernels import ClampedSwiGLU, PackedWeight, low_bit_mlp, sort_by_expert
+from coterie.kernels import ClampedSwiGLU, PackedWeight
 from coterie.kernels.activations import activate
 from coterie.kernels.packed import COLUMNS, ROWS, check_group_size
-from coterie.shrink.experts import QuantizedExperts
-
-
-class PackedExperts(nn.Module):
-    """A packed bank behind transformers' experts interface, for inference.
-
-    Args:
-        packed: the experts.
-
-    Returns (from forward, for hidden_states [T, D], top_k_index and top_k_weights [T, K]): [T, D]. An index
-    outside 0 … E-1 is a slot that is not computed.
-    """
-
-    def __init__(self, packed: QuantizedExperts) -> None:
-        super().__init__()
-        self.packed, self.num_experts = packed, packed.num_experts
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        outside_TK = (top_k_index < 0) | (top_k_index >= self.num_experts)
-        return low_bit_mlp(
-            hidden_states,
-            top_k_weights,
-            sort_by_expert(top_k_index.long().masked_fill(outside_TK, -1), self.num_experts),
-            self.packed.packed(),
-            self.packed.b_in,
-            self.packed.b_out,
-            activation=self.packed.activation,
-        )
+from coterie.nn import QuantizedExperts
 
 
 def pack_block(
@@ -117,12 +91,6 @@ def packed_nbytes(block: MoEBlock, bits: Sequence[int], group_size: int, *, scal
 def bank_name(block: MoEBlock) -> str:
     """Name of a block's bank of experts in its model."""
     return block.layout.experts["down"].rpartition(".")[0]
-
-
-def set_bank(model: nn.Module, name: str, bank: nn.Module) -> None:
-    """Puts a module in the place of the one of that name."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, bank)
 
 
 def check_packable(block: MoEBlock) -> str | ClampedSwiGLU:

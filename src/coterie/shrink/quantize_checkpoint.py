@@ -129,7 +129,7 @@ def quantize_checkpoint(
 
     Args:
         folder: a checkpoint of a mixture of experts, with its tokenizer.
-        out: a new folder, for `load_packed`; None only in a dry run.
+        out: a new folder, for `coterie.hf.load`; None only in a dry run.
         bits: per expert, on average over `scope` for mc-sharp, at most; for the others 1 (not awq and
             moequant), 2, 3, 4 or 8.
         calib: text or .jsonl files; see `read_text`. The last tenth of each is held out, to test on.

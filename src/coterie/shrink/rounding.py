@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coterie.data import written_whole
 from coterie.hf import MoEBlock
 from coterie.kernels.packed import BITS, check_group_size
-from coterie.shrink.experts import QuantizedExperts
+from coterie.nn import QuantizedExperts
 from coterie.shrink.mc_sharp import (
     ExpertStatistics,
     allocate_bits,

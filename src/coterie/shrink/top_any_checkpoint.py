@@ -35,7 +35,6 @@ from coterie.hf.top_any import PrefixMask, place_masks, unmasked, write_masks
 from coterie.shrink.calibrate import batches, check_vocabulary, held_out, read_text
 from coterie.shrink.measure import Sizes, perplexity, sizes
 from coterie.shrink.packed_blocks import bank_name
-from coterie.shrink.packed_checkpoint import load_packed
 from coterie.shrink.result import Measured
 from coterie.shrink.top_any import SAVE_EVERY, top_any, train_top_any
 from coterie.shrink.top_any_result import Masked
@@ -72,8 +71,7 @@ def top_any_checkpoint(
     Args:
         folder: a checkpoint of a mixture of experts, or what `coterie quantize` made of one, with its
             tokenizer.
-        out: a new folder, for `coterie.hf.load`, or `load_packed` where experts are packed; None only in a
-            dry run.
+        out: a new folder, for `coterie.hf.load`; None only in a dry run.
         calib: text or .jsonl files; see `read_text`. The last tenth of each is held out, to test on.
         sparsity: λ, the price of an expert; larger keeps fewer.
         steps: of training.
@@ -150,7 +148,7 @@ class _Job:
     def run(self, empty: PreTrainedModel, show: Show) -> Masked:
         """`empty` is the checkpoint's model without weights, and without packed experts."""
         packed = (self.folder / PACKED).exists()
-        model = (load_packed if packed else load)(self.folder, dtype="auto")
+        model = load(self.folder, dtype="auto")
         blocks = [place for block in find_moe_blocks(empty) for place in (block, *block.also)]
         show.say("watching the router on calibration text")
         banks = [model.get_submodule(bank_name(block)) for block in blocks]

@@ -6,7 +6,6 @@ Letters as in `coterie.nn`: T tokens, E experts, D model width, F hidden width.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +13,8 @@ from torch import Tensor, nn
 
 from coterie.kernels import ClampedSwiGLU, PackedBank, PackedWeight, low_bit_mlp
 from coterie.kernels.activations import check_activation
-from coterie.nn.experts import MLPExperts, SwiGLUExperts, check_routing
+from coterie.nn.experts import check_routing
 from coterie.nn.routing import Routing
-from coterie.shrink.quantize import rtn
 
 TENSORS = {"codes": torch.int32, "scales": torch.bfloat16, "zeros": torch.int8, "input_scale": torch.float32}
 
@@ -24,8 +22,9 @@ TENSORS = {"codes": torch.int32, "scales": torch.bfloat16, "zeros": torch.int8, 
 class QuantizedExperts(nn.Module):
     """A bank of packed experts, for inference; each expert has bits of its own.
 
-    Takes the place of the `SwiGLUExperts` or `MLPExperts` it was made from. All experts' tensors lie in four
-    flat buffers (codes, scales, zeros, input_scale), which keep their dtypes whatever the module is cast to.
+    `coterie.shrink.quantize_bank` makes one of `SwiGLUExperts` or `MLPExperts`, whose place it takes. All
+    experts' tensors lie in four flat buffers (codes, scales, zeros, input_scale), which keep their dtypes
+    whatever the module is cast to.
 
     Args:
         w_in: for each expert its packed [2, F, D] (gate, up), or [1, F, D] without a gate.
@@ -39,8 +38,8 @@ class QuantizedExperts(nn.Module):
     Raises ValueError when the experts' shapes do not fit each other.
 
     >>> from coterie.nn import SwiGLUExperts
-    >>> bank = SwiGLUExperts(num_experts=4, dim=32, hidden=64)
-    >>> small = QuantizedExperts.from_bank(bank, bits=[1, 2, 3, 4])
+    >>> from coterie.shrink import quantize_bank
+    >>> small = quantize_bank(SwiGLUExperts(num_experts=4, dim=32, hidden=64), bits=[1, 2, 3, 4])
     >>> small(torch.randn(5, 32), Routing.dense(torch.rand(5, 4))).shape, small.bits
     (torch.Size([5, 32]), [1, 2, 3, 4])
     """
@@ -79,43 +78,6 @@ class QuantizedExperts(nn.Module):
         self.b_in = None if b_in is None else nn.Parameter(b_in.detach().clone(), requires_grad=False)
         self.b_out = None if b_out is None else nn.Parameter(b_out.detach().clone(), requires_grad=False)
         self._bank: tuple[list[int], PackedBank] | None = None
-
-    @classmethod
-    def from_bank(
-        cls,
-        bank: SwiGLUExperts | MLPExperts,
-        bits: int | Sequence[int],
-        quantize: Callable[..., PackedWeight] = rtn,
-        **options: Any,
-    ) -> "QuantizedExperts":
-        """Each expert's matrices through `quantize(matrices, bits, **options)`.
-
-        Args:
-            bank: what to quantise; it is left as it is.
-            bits: for all experts, or one number for each.
-            quantize: takes [2, F, D] (gate, up), [1, F, D] or [D_out, F], and bits.
-            options: for `quantize`, such as group_size.
-
-        Raises ValueError when the number of bits is not the number of experts.
-        """
-        widths = [bits] * bank.num_experts if isinstance(bits, int) else list(bits)
-        if len(widths) != bank.num_experts:
-            raise ValueError(
-                f"{len(widths)} bit widths for {bank.num_experts} experts; give one each, or one for all"
-            )
-        if isinstance(bank, SwiGLUExperts):
-            first, count, b_in = bank.gate_up_proj.detach(), 2, bank.gate_up_bias
-        else:
-            first, count, b_in = bank.up_proj.detach(), 1, bank.up_bias
-        matrices = first.view(len(first), count, -1, bank.dim)
-        packed = partial(quantize, **options)
-        return cls(
-            [packed(w, b) for w, b in zip(matrices, widths, strict=True)],
-            [packed(w, b) for w, b in zip(bank.down_proj.detach(), widths, strict=True)],
-            b_in=b_in,
-            b_out=bank.down_bias,
-            activation=bank.activation,
-        )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the kernel reads addresses, which tracing lacks
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
@@ -161,7 +123,8 @@ class QuantizedExperts(nn.Module):
         """A bank of zeros, ready for `load_state_dict`.
 
         >>> from coterie.nn import MLPExperts
-        >>> small = QuantizedExperts.from_bank(MLPExperts(2, 32, 48), bits=3, group_size=32)
+        >>> from coterie.shrink import quantize_bank
+        >>> small = quantize_bank(MLPExperts(2, 32, 48), bits=3, group_size=32)
         >>> again = QuantizedExperts.from_layout(small.layout())
         >>> again.load_state_dict(small.state_dict())
         <All keys matched successfully>
