@@ -118,7 +118,7 @@ def without_scikit_learn(monkeypatch, paper):
     load = experiment.load
     monkeypatch.setattr(running, "load", lambda slug: paper if slug == "toy" else load(slug))
     monkeypatch.setitem(sys.modules, "sklearn.base", None)
-    for module in ("coterie.reproduce.home_mtl", "coterie.recsys.home_mtl"):
+    for module in ("coterie.reproduce.home_mtl", "coterie.recsys.home_mtl", "coterie.models.estimator"):
         monkeypatch.delitem(sys.modules, module)
 
 
@@ -127,7 +127,7 @@ def test_all_leaves_out_a_paper_whose_extra_is_missing_and_exits_with_1(coterie,
     assert status == 1
     assert "of 4 claims" in out
     assert Path("coterie-reproduce/toy.html").exists()
-    reason = "rankers need scikit-learn; install it with: pip install 'coterie[tables]'"
+    reason = "coterie's estimators need scikit-learn; install it with: pip install 'coterie[tables]'"
     assert f"coterie: home-mtl was not run: {reason}\n" in err
     assert err.endswith("coterie: 1 of 2 papers were not run: home-mtl\n")
     _, out, _ = coterie("reproduce", "--all", "--budget", "smoke", "--json")
@@ -139,7 +139,10 @@ def test_all_leaves_out_a_paper_whose_extra_is_missing_and_exits_with_1(coterie,
 def test_one_paper_whose_extra_is_missing_is_bad_input(coterie, without_scikit_learn):
     status, out, err = coterie("reproduce", "home-mtl", "--budget", "smoke")
     assert (status, out) == (2, "")
-    assert err == "coterie: rankers need scikit-learn; install it with: pip install 'coterie[tables]'\n"
+    assert (
+        err
+        == "coterie: coterie's estimators need scikit-learn; install it with: pip install 'coterie[tables]'\n"
+    )
 
 
 def test_all_does_not_hide_a_missing_module_that_is_no_extra(coterie, monkeypatch):
