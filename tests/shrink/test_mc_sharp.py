@@ -1,6 +1,7 @@
 """Statistics say what the block does with an expert; the allocation is the published one."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_an_expert_that_no_token_reached_is_warned_of_and_gets_one_bit():
     assert bits[2] == 1
 
 
-@pytest.mark.parametrize("average", [0, 1, 1.37, 3.2, 100])
+@pytest.mark.parametrize("average", [0, 1, 1.37, 3.2, 100, math.nan, math.inf])
 def test_a_budget_that_cannot_be_met_is_refused(average):
     given = ExpertStatistics("mlp", torch.ones(8), torch.ones(8), torch.ones(8, 3))
     with pytest.raises(ValueError, match=r"bit budget .* infeasible: mlp has 8 experts .* use 1.375 … 3"):

@@ -268,7 +268,7 @@ def quantize(
     from coterie.report.quantized import print_quantized, write_quantized_page
     from coterie.shrink.quantize_checkpoint import quantize_checkpoint
 
-    with interruptible(RESUMES):
+    with interruptible(LOST if dry_run else RESUMES):
         quantized = quantize_checkpoint(
             model,
             out,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from coterie.cli.app import RESUMES, app, echo_json, interruptible
+from coterie.cli.app import LOST, RESUMES, app, echo_json, interruptible
 
 
 @app.command()
@@ -52,7 +52,7 @@ def top_any(
     from coterie.report.top_any import print_masked, write_masked_page
     from coterie.shrink.top_any_checkpoint import top_any_checkpoint
 
-    with interruptible(RESUMES):
+    with interruptible(LOST if dry_run else RESUMES):
         masked = top_any_checkpoint(
             model,
             out,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from coterie.cli.app import RESUMES, app, echo_json, interruptible
+from coterie.cli.app import LOST, RESUMES, app, echo_json, interruptible
 
 
 @app.command()
@@ -56,7 +56,7 @@ def unlearn(
     from coterie.report.unlearned import print_unlearned, write_unlearned_page
     from coterie.tune.checkpoint import unlearn_checkpoint
 
-    with interruptible(RESUMES):
+    with interruptible(LOST if dry_run else RESUMES):
         done = unlearn_checkpoint(
             model,
             out,

@@ -184,7 +184,8 @@ def bit_budget(experts: int, average: float, bits: Sequence[int] = BITS, *, wher
     """
     rising = sorted(bits)
     low = experts * rising[0] + sum(b - rising[0] for b in rising[1:])
-    budget = math.floor(experts * average + 1e-9)  # 2.4 · 5 is 12, whatever floating point makes of it
+    # 2.4 · 5 is 12, whatever floating point makes of it
+    budget = math.floor(experts * average + 1e-9) if math.isfinite(average) else -1
     if experts < len(rising) - 1 or not low <= budget <= experts * rising[-1]:
         raise ValueError(
             f"bit budget {average:g} per expert is infeasible: {where} has {experts} experts with "
