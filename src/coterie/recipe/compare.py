@@ -219,13 +219,16 @@ def _train(recipe: Recipe, seed: int) -> Values:
     _, routings = routed_sample(method.model, heldout, HELDOUT_WINDOWS // 8)
     flops = 3 * sum(history.tokens) * forward_flops(method.model, routings, how.seq_len)
     slots = [float(r.slots_per_token.double().mean()) for r in routings]
+    routed = {}
+    if slots:  # a dense model has neither
+        routed["slots used per token"] = sum(slots) / len(slots)
+        routed["worst expert load, max / mean"] = scores["imbalance"]
     return {
         "held-out bits per byte": scores["bits_per_token"],
         "total parameters, M": method.model.num_parameters() / 1e6,
         "active parameters, M": active_parameters(method.model, routings) / 1e6,
         "training FLOPs, T": flops / 1e12,
-        "slots used per token": sum(slots) / len(slots) if slots else 0.0,
-        "worst expert load, max / mean": scores.get("imbalance", 0.0),
+        **routed,
         "training tokens per second": history.tokens_per_second,
         CURVE.curve: [(e["step"], e["bits_per_token"]) for e in history.evals],
     }
