@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 from pathlib import Path
 
 # before torch: its idle threads would spin, see coterie.cli
@@ -9,6 +10,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import pytest
 import torch
 from hypothesis import settings
+
+from coterie import cli
 
 # a shell in the background ignores Ctrl-C, and the commands that tests start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,3 +32,17 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data at {folder}; set COTERIE_DATA")
     return folder
+
+
+@pytest.fixture
+def coterie(monkeypatch, capsys):
+    """Runs a command line in this process: (status, out, err)."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["coterie", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code or 0, *capsys.readouterr()
+
+    return command

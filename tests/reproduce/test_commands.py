@@ -16,19 +16,12 @@ COTERIE = str(Path(sys.executable).with_name("coterie"))
 
 
 @pytest.fixture
-def coterie(monkeypatch, capsys, tmp_path, paper):
+def coterie(coterie, monkeypatch, tmp_path, paper):
     """Runs a command line in this process, with the toy paper in place of all others: (status, out, err)."""
     monkeypatch.setattr(experiment, "find_papers", lambda: {"toy": Path(toy.__file__)})
     monkeypatch.setattr(running, "load", lambda slug: experiment.check_slug(slug) or paper)
     monkeypatch.chdir(tmp_path)
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["coterie", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code or 0, *capsys.readouterr()
-
-    return command
+    return coterie
 
 
 def test_papers_lists_searches_and_shows_one(capsys):

@@ -2,34 +2,18 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from coterie import cli
 from coterie.hf import find_moe_blocks, load, save
 from coterie.hf.progress import showing
 from coterie.shrink import calibrate, load_mask, prune
 from coterie.shrink import checkpoint as shrinking
 
 IDS = torch.arange(3, 43).view(2, 20)
-
-
-@pytest.fixture
-def coterie(monkeypatch, capsys):
-    """Runs a command line in this process: (status, out, err)."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["coterie", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code or 0, *capsys.readouterr()
-
-    return command
 
 
 @torch.no_grad()

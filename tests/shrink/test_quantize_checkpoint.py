@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from tiny_models import grouped, mixtral, tiny
 from transformers import AutoTokenizer, Gemma4ForCausalLM, Gemma4TextConfig, LlamaConfig, LlamaForCausalLM
 
-from coterie import cli
 from coterie.hf import bytes_on_disk, find_moe_blocks, load, outline, stream_layers
 from coterie.shrink import perplexity, rounding, save_packed
 from coterie.shrink import quantize_checkpoint as quantizing
@@ -26,20 +25,6 @@ def _quick(monkeypatch):
     """Fewer scales are searched."""
     for search in (SEARCH, CLIPPING):
         monkeypatch.setitem(search, "factors", [1.0, 0.95])
-
-
-@pytest.fixture
-def coterie(monkeypatch, capsys):
-    """Runs a command line in this process: (status, out, err)."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["coterie", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code or 0, *capsys.readouterr()
-
-    return command
 
 
 def test_what_is_written_reads_back_and_is_what_was_measured(coterie, checkpoint, texts, tmp_path):

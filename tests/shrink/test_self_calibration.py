@@ -1,26 +1,12 @@
 """coterie calib: the file that a checkpoint writes, and what other commands make of it."""
 
 import json
-import sys
 
 import pytest
 
-from coterie import cli
 from coterie.hf import find_moe_blocks, load
 from coterie.shrink import balance_sigma, expert_usage
 from coterie.shrink.calibrate import batches
-
-
-@pytest.fixture
-def coterie(monkeypatch, capsys):
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["coterie", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code or 0, *capsys.readouterr()
-
-    return command
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # tiny text: some experts see no token

@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from tiny_models import grouped, mixtral, tiny
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from coterie import cli
 from coterie.hf import (
     Checkpoint,
     PrefixMask,
@@ -35,20 +33,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # tiny text: som
 
 IDS = torch.randint(257, (3, 16), generator=torch.Generator().manual_seed(0))
 QUICK = {"steps": 20, "lr": 0.05, "sparsity": 2.0, "seq_len": 32, "progress": False}
-
-
-@pytest.fixture
-def coterie(monkeypatch, capsys):
-    """Runs a command line in this process: (status, out, err)."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["coterie", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code or 0, *capsys.readouterr()
-
-    return command
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,7 @@
-import sys
-
 import pytest
 import torch
 from tiny_moe import memorised, tiny_moe, two_texts
 
-from coterie import cli
 from coterie.data import byte_tokenizer
 
 
@@ -52,17 +49,3 @@ def texts(tmp_path):
     for path, ids in zip(paths, two_texts(), strict=True):
         torch.save(ids, path)
     return paths
-
-
-@pytest.fixture
-def coterie(monkeypatch, capsys):
-    """Runs a command line in this process: (status, out, err)."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["coterie", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code or 0, *capsys.readouterr()
-
-    return command
