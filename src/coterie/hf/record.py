@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coterie.hf.blocks import MoEBlock
+from coterie.hf.calls import call_arguments
 
 
 @dataclass
@@ -133,9 +134,8 @@ def _hook(block: MoEBlock, record: BlockRecord, keep_inputs: int) -> list[Any]:
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens [T, D], experts [T, K] and weights [T, K] of a call of transformers' experts interface."""
-    names = ("hidden_states", "top_k_index", "top_k_weights")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    x, experts_TK, weights_TK = (given[name] for name in names)
+    given = call_arguments(args, kwargs)
+    x, experts_TK, weights_TK = (given[name] for name in ("hidden_states", "top_k_index", "top_k_weights"))
     return x.reshape(-1, x.shape[-1]), experts_TK, weights_TK
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from coterie.hf import modules
 from coterie.hf.blocks import MoEBlock
+from coterie.hf.calls import call_arguments
 from coterie.nn import Routing
 
 
@@ -71,10 +72,8 @@ def _hook(model: PreTrainedModel, block: MoEBlock, found: dict[str, Tensor]) -> 
 
 
 def _before_experts(found: dict[str, Tensor]) -> Callable[..., None]:
-    names = ("hidden_states", "top_k_index", "top_k_weights")
-
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.update({**dict(zip(names, args, strict=False)), **kwargs})
+        found.update(call_arguments(args, kwargs))
 
     return hook
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from coterie.hf.calls import call_arguments, changed_call
+
 MASKS = "coterie-top-any.safetensors"
 
 # (tokens [T, D], combine weights [T, K], falling) → 1 for each slot that stays, 0 for others [T, K]
@@ -213,8 +215,7 @@ def mask_slots(
     all implementations of transformers but "eager" do not compute: the loops of some families know no such
     slot, so there its expert runs in vain.
     """
-    names = ("hidden_states", "top_k_index", "top_k_weights")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = call_arguments(args, kwargs)
     weights_TK, experts_TK = given["top_k_weights"], given["top_k_index"]
     falling_TK, order_TK = weights_TK.sort(1, descending=True)
     sorted_TK = mask(given["hidden_states"], falling_TK).to(weights_TK)
@@ -224,12 +225,10 @@ def mask_slots(
         smallest = torch.finfo(kept_TK.dtype).tiny  # of a token that keeps nothing, 0 stays 0
         total_T1 = kept_TK.sum(1, keepdim=True).clamp(min=smallest)
         kept_TK = kept_TK * (weights_TK.sum(1, keepdim=True) / total_T1)
-    given["top_k_weights"] = kept_TK
+    changes = {"top_k_weights": kept_TK}
     if not kept_TK.requires_grad and not _is_eager(bank):
-        given["top_k_index"] = experts_TK.masked_fill(mask_TK == 0, bank.num_experts)
-    positional = names[: len(args)]  # some families' own loops call them otherwise
-    rest = {name: value for name, value in given.items() if name not in positional}
-    return tuple(given[name] for name in positional), rest, mask_TK
+        changes["top_k_index"] = experts_TK.masked_fill(mask_TK == 0, bank.num_experts)
+    return *changed_call(args, kwargs, changes), mask_TK
 
 
 def skip_masked_slots(bank: Any, on: bool) -> bool:

@@ -95,6 +95,16 @@ def grouped_mlp(
     return y_TO
 
 
+def computes(activation: str | ClampedSwiGLU) -> bool:
+    """Whether the kernel knows an activation."""
+    return isinstance(activation, ClampedSwiGLU) or activation in ACTIVATIONS
+
+
+def clamp_fields(numbers: list[float]) -> dict[str, float]:
+    """The fields of `Mlp` for the numbers of `activation_code`."""
+    return dict(zip(("limit", "alpha", "shift"), numbers, strict=True)) if numbers else {}
+
+
 def activation_code(activation: str | ClampedSwiGLU) -> tuple[int, list[float]]:
     """The kernel's number of an activation, and the numbers limit, alpha and shift of a clamped gate."""
     if isinstance(activation, ClampedSwiGLU):
@@ -110,7 +120,7 @@ def _supported(
     activation: str | ClampedSwiGLU,
 ) -> bool:
     return (
-        (isinstance(activation, ClampedSwiGLU) or activation in ACTIVATIONS)
+        computes(activation)
         and x_TD.dtype in DTYPES
         and weights_TK.dtype in DTYPES
         and all(t.dtype == x_TD.dtype and t.device.type == "cpu" for t in parameters)
@@ -171,7 +181,7 @@ def _problem(
         gated=gated,
         interleaved=interleaved,
         threads=torch.get_num_threads(),
-        **dict(zip(("limit", "alpha", "shift"), numbers, strict=False)),
+        **clamp_fields(numbers),
         x=x_TD.data_ptr(),
         x_row=x_TD.stride(0),
         weights=weights_TK.data_ptr(),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coterie.kernels.activations import ClampedSwiGLU
 from coterie.kernels.dispatch import Dispatch
-from coterie.kernels.native import ACTIVATIONS, activation_code
+from coterie.kernels.native import activation_code, clamp_fields, computes
 from coterie.kernels.native_library import DTYPES, Codes, Mlp, empty, library
 from coterie.kernels.packed import PackedWeight
 
@@ -45,7 +45,7 @@ def supported(
     """float32 and bfloat16 on a CPU, as `native.grouped_mlp`, without gradients."""
     tensors = (x_TD, weights_TK, *biases)
     return (
-        (isinstance(activation, ClampedSwiGLU) or activation in ACTIVATIONS)
+        computes(activation)
         and x_TD.dtype in DTYPES
         and weights_TK.dtype in DTYPES
         and all(t.dtype == x_TD.dtype for t in biases)
@@ -86,7 +86,7 @@ def low_bit_mlp(
         activation=code,
         gated=gated,
         threads=torch.get_num_threads(),
-        **dict(zip(("limit", "alpha", "shift"), numbers, strict=False)),
+        **clamp_fields(numbers),
         x=x_TD.data_ptr(),
         x_row=x_TD.stride(0),
         weights=weights_TK.data_ptr(),

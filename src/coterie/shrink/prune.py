@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from coterie.hf import BlockRecord, MoEBlock
 from coterie.hf.blocks import Snapshot
+from coterie.hf.calls import call_arguments, changed_call
 from coterie.hf.edit import check_groups
 from coterie.shrink.importance import IMPORTANCE, Importance, importance, kept_experts, mixed
 
@@ -179,7 +180,7 @@ def _output(block: MoEBlock, inputs_TD: Tensor) -> Tensor:
 
 def _silence(block: MoEBlock, ids: Sequence[int], count: Silenced) -> Any:
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = {**dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)), **kwargs}
+        given = call_arguments(args, kwargs)
         experts_TK = given["top_k_index"]
         serves_E = torch.zeros(block.num_experts + 1, dtype=torch.bool, device=experts_TK.device)
         serves_E[list(ids)] = True
@@ -188,8 +189,6 @@ def _silence(block: MoEBlock, ids: Sequence[int], count: Silenced) -> Any:
         count.tokens += len(experts_TK)
         count.unserved += int((~serves_TK).all(1).sum())
         weights_TK = given["top_k_weights"].masked_fill(~serves_TK, 0)
-        if len(args) > 2:
-            return (*args[:2], weights_TK, *args[3:]), kwargs
-        return args, {**kwargs, "top_k_weights": weights_TK}
+        return changed_call(args, kwargs, {"top_k_weights": weights_TK})
 
     return hook

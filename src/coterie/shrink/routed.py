@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coterie.hf import MoEBlock
+from coterie.hf.calls import call_arguments
 
 
 class _Enough(Exception):
@@ -109,8 +110,7 @@ def routed_tokens(block: MoEBlock, inputs_TD: Tensor) -> RoutedTokens:
     seen: list[tuple[Tensor, Tensor]] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = ("hidden_states", "top_k_index", "top_k_weights")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = call_arguments(args, kwargs)
         seen.append((given["top_k_index"].long().cpu(), given["top_k_weights"].float().cpu()))
         raise _Enough
 

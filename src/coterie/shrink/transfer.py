@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.hf import BlockRecord, MoEBlock
+from coterie.hf.calls import call_arguments, changed_call
 from coterie.nn import AnyRouter, LinearScore, RemapScores, Router, Routing, TopK
 
 _SAME_WEIGHT = 0.02  # bfloat16 has 8 bits
@@ -105,19 +106,14 @@ def rerouted(blocks: Sequence[MoEBlock], routers: Sequence[AnyRouter]) -> Iterat
 
 
 def _reroute(router: AnyRouter) -> Any:
-    names = ("hidden_states", "top_k_index", "top_k_weights")
-
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = call_arguments(args, kwargs)
         routing = router(given["hidden_states"])
         chosen = {
             "top_k_index": routing.experts.clamp(min=0).to(given["top_k_index"]),  # an unused slot weighs 0
             "top_k_weights": routing.weights.to(given["top_k_weights"]),
         }
-        args = (
-            tuple(chosen.get(name, arg) for name, arg in zip(names, args, strict=False)) + args[len(names) :]
-        )
-        return args, {name: chosen.get(name, value) for name, value in kwargs.items()}
+        return changed_call(args, kwargs, chosen)
 
     return hook
 

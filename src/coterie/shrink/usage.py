@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coterie.hf import MoEBlock, find_moe_blocks
+from coterie.hf.calls import call_arguments
 
 
 def balance_sigma(usage: Sequence[Tensor]) -> Tensor:
@@ -59,7 +60,7 @@ def counting(blocks: Sequence[MoEBlock]) -> Iterator[Callable[[int], list[Tensor
 
     def hook(number: int) -> Any:
         def before_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[number] = (args[1] if len(args) > 1 else kwargs["top_k_index"]).detach().long().cpu()
+            seen[number] = call_arguments(args, kwargs)["top_k_index"].detach().long().cpu()
 
         return before_experts
 
