@@ -20,6 +20,7 @@ from coterie.hf import (
     load_tokenizer,
     stream_records,
 )
+from coterie.hf.calibration import within_positions
 from coterie.report import (
     Explorer,
     ExplorerLayer,
@@ -98,7 +99,7 @@ def inspect(
         raise ValueError(f"tokens={tokens} and length={length}; both must be positive")
     checkpoint = Checkpoint(model, experts_implementation="coterie")
     config = checkpoint.model.config.get_text_config()
-    length = min(length, getattr(config, "max_position_embeddings", None) or length)
+    length = within_positions(config, length)
     tokenizer = None if all(map(holds_ids, texts)) else load_tokenizer(model)
     ids_BS = [
         calibration_ids(

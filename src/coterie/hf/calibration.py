@@ -211,3 +211,13 @@ def _read_ids(path: Path) -> Tensor:
     if not isinstance(loaded, Tensor) or loaded.is_floating_point() or loaded.is_complex():
         raise ValueError(f"{path} should hold one tensor of token ids, integers")
     return loaded.long()
+
+
+def within_positions(config: Any, seq_len: int) -> int:
+    """A length of sequences, or the number of positions that a text model's configuration has, if less.
+
+    >>> from types import SimpleNamespace
+    >>> within_positions(SimpleNamespace(max_position_embeddings=128), 512)
+    128
+    """
+    return min(seq_len, getattr(config, "max_position_embeddings", None) or seq_len)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from coterie.data import written_whole
 from coterie.hf import BlockRecord, MoEBlock, check_expressible, find_moe_blocks, load, outline, save
 from coterie.hf.blocks import Snapshot
-from coterie.hf.calibration import read_tokenizer
+from coterie.hf.calibration import read_tokenizer, within_positions
 from coterie.hf.kept import identity, kept_folder, remove_kept
 from coterie.hf.progress import Show, showing
 from coterie.hf.save import MASK, Format, bytes_on_disk, check_output, copy_side_files
@@ -307,7 +307,7 @@ class _Job:
 
     def _read(self, config: Any, tokenizer: Any) -> tuple[list[list[Tensor]], list[Tensor]]:
         domains, rest = [], []
-        seq_len = min(self.seq_len, getattr(config, "max_position_embeddings", None) or self.seq_len)
+        seq_len = within_positions(config, self.seq_len)
         for path in self.calib:
             sequences = read_text(
                 path, tokenizer, max_tokens=self.max_tokens, seq_len=seq_len, chat=self.chat

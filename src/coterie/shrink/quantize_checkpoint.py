@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from coterie.data import written_whole
 from coterie.hf import Checkpoint, MoEBlock, find_moe_blocks, load, outline, rewriting, stream_layers
-from coterie.hf.calibration import read_tokenizer
+from coterie.hf.calibration import read_tokenizer, within_positions
 from coterie.hf.kept import identity, kept_folder, remove_kept
 from coterie.hf.progress import Show, showing
 from coterie.hf.save import PACKED, bytes_on_disk, check_output, copy_side_files
@@ -304,7 +304,7 @@ def _read(
     paths: Sequence[Path | str], tokenizer: Any, config: Any, max_tokens: int, seq_len: int, chat: bool
 ) -> list[list[list[int]]]:
     """The sequences of each file."""
-    texts, seq_len = [], min(seq_len, getattr(config, "max_position_embeddings", None) or seq_len)
+    texts, seq_len = [], within_positions(config, seq_len)
     for path in paths:
         texts.append(read_text(path, tokenizer, max_tokens=max_tokens, seq_len=seq_len, chat=chat))
         check_vocabulary(path, texts[-1], config.vocab_size)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from coterie.data import written_whole
 from coterie.hf import MoEBlock, find_moe_blocks, load, outline
-from coterie.hf.calibration import read_tokenizer
+from coterie.hf.calibration import read_tokenizer, within_positions
 from coterie.hf.kept import identity, kept_folder, remove_kept
 from coterie.hf.load import INDEX, shards
 from coterie.hf.progress import Show, showing
@@ -105,7 +105,7 @@ def top_any_checkpoint(
     seen: list[list[int]] = []
     rest: list[list[int]] = []
     for path in calib:
-        length = min(seq_len, getattr(config, "max_position_embeddings", None) or seq_len)
+        length = within_positions(config, seq_len)
         text = read_text(path, tokenizer, max_tokens=max_tokens, seq_len=length, chat=chat)
         check_vocabulary(path, text, config.vocab_size)
         some, others = held_out(text)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,7 +24,7 @@ from coterie.hf import (
     outline,
     save,
 )
-from coterie.hf.calibration import read_tokenizer
+from coterie.hf.calibration import read_tokenizer, within_positions
 from coterie.hf.kept import identity, kept_folder, remove_kept
 from coterie.hf.progress import Show, showing
 from coterie.hf.save import bytes_on_disk, check_output, copy_side_files
@@ -108,7 +107,7 @@ def unlearn_checkpoint(
         raise ValueError(f"seed={seed}; use 0 ≤ seed < 2**63")
     config = _check(folder, out, method, scope, experts, lr, stop_forget, dry_run)
     tokenizer = read_tokenizer(folder)
-    seq_len = min(seq_len, getattr(config, "max_position_embeddings", None) or seq_len)
+    seq_len = within_positions(config, seq_len)
     read = {"tokens": max_tokens, "length": seq_len, "vocab_size": config.vocab_size}
     ids = [calibration_ids(path, tokenizer, **read) for path in (forget, retain)]
     if torch.equal(*ids):
@@ -263,7 +262,7 @@ def _write(done: Unlearned, model: PreTrainedModel, out: Path) -> Unlearned:
             written = replace(done, out=str(out), after=replace(done.after, disk=bytes_on_disk(draft)))
             note = json.dumps(written.to_dict(), ensure_ascii=False, indent=1)
             (draft / NOTE).write_text(note + "\n", "utf-8")
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ValueError(
             f"cannot write {out}: {error}; nothing was left behind, and the same command goes on from here"
         ) from None

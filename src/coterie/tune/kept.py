@@ -90,7 +90,7 @@ class Kept:
         try:
             with written_whole(self._file(name)) as draft:
                 save_file({key: t.contiguous() for key, t in tensors.items()}, draft, metadata=facts)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise ValueError(f"cannot keep what was done in {self.folder}: {error}") from None
 
     def _file(self, name: str) -> Path:
